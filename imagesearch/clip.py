@@ -1,0 +1,174 @@
+"""CLIP embeddings through imgbeddings: its model file, its import, its preprocessing."""
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+
+from imagesearch.cache import model_sha256
+from imagesearch.errors import Misuse
+from imagesearch.int8 import exact_int8
+from imagesearch.models import DIMENSIONS, ModelRecord
+
+HUB_REPOSITORY, HUB_FILE = "minimaxir/imgbeddings", "patch32_v1.onnx"
+HUB_SECONDS = 10
+
+SIDE = 224
+STRIP_PIXELS = 1 << 22  # 16 MB as Pillow keeps them
+
+
+def import_imgbeddings() -> Any:
+    """The class `imgbeddings.imgbeddings`, without what its module imports and this project never calls.
+
+    imgbeddings 0.1.0 imports `cached_download`, which huggingface_hub has dropped, so that its
+    import fails today; and transformers and scikit-learn, which take seconds. For the length of
+    its import empty classes stand in for them.
+    """
+    stand_ins = {
+        "huggingface_hub": ("hf_hub_url", "cached_download"),
+        "transformers": ("CLIPProcessor",),
+        "sklearn": (),
+        "sklearn.decomposition": ("PCA",),
+    }
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    try:
+        for name, members in stand_ins.items():
+            module = types.ModuleType(name)
+            module.__dict__.update({member: type(member, (), {}) for member in members})
+            sys.modules[name] = module
+        from imgbeddings import imgbeddings
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+    return imgbeddings
+
+
+def normalised() -> NDArray[np.float32]:
+    """CLIP's normalisation as a table, shape (3, 256): the input of each channel's 8-bit values.
+
+    The arithmetic, its order and types are transformers' own (`CLIPImageProcessor`), to the last bit.
+    """
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # transformers.image_utils.OPENAI_CLIP_MEAN
+    deviation = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)  # OPENAI_CLIP_STD
+    rescaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    return (rescaled - mean[:, None]) / deviation[:, None]
+
+
+NORMALISED = normalised()
+
+
+class Clip(import_imgbeddings()):  # type: ignore[misc]
+    """imgbeddings with its model and its results, and a lighter way to them: a `Model`."""
+
+    record: ModelRecord
+
+    def __post_init__(self) -> None:
+        """Makes a session that leaves the number of threads to `load`, not imgbeddings' downloads."""
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """`image`, 8-bit RGB, padded to a square on black and resized: shape (224, 224, 3).
+
+        Equal to imgbeddings' `square_pad` and a bicubic `resize`, but the square is never made.
+        Pillow resizes along rows first, then along columns: so the rows are resized a strip at a
+        time, padded in width alone, and only the narrow result is padded in height.
+        """
+        side = max(image.size)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
+        narrow = Image.new("RGB", (SIDE, side))
+        step = max(1, STRIP_PIXELS // side)
+        for y in range(0, image.height, step):
+            height = min(step, image.height - y)
+            strip = Image.new("RGB", (side, height))
+            strip.paste(image.crop((0, y, image.width, y + height)), (left, 0))
+            narrow.paste(strip.resize((SIDE, height), Image.Resampling.BICUBIC), (0, top + y))
+        return np.asarray(narrow.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+    def process_inputs(self, inputs: list[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
+        """Arrays from `pixels` as the model's input `pixel_values`, shape (n, 3, 224, 224)."""
+        batch = np.stack(inputs)
+        return {"pixel_values": np.stack([NORMALISED[c][batch[..., c]] for c in range(3)], axis=1)}
+
+    def embed(self, batch: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        embeddings: NDArray[np.float32] = self.create_embeddings(self.process_inputs(batch))
+        return embeddings
+
+
+def load(name: str, path: Path, threads: int) -> Clip:
+    """The ONNX model in `path`, with imgbeddings' input and output, as `name` is to be recorded.
+
+    Raises Misuse for a file that is not such a model.
+    """
+    sha256 = model_sha256(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # its errors are raised; its warnings are for developers of models
+    try:
+        session = onnxruntime.InferenceSession(
+            str(exact_int8(path, sha256)), options, providers=["CPUExecutionProvider"]
+        )
+        inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
+        outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
+    except Exception as error:  # Onnx Runtime's own exceptions share no other base class
+        raise Misuse(f"{path} is not an ONNX model that can be run: {' '.join(str(error).split())}") from None
+    if inputs != [("pixel_values", "tensor(float)", [3, SIDE, SIDE])]:
+        raise Misuse(f"{path}: its input must be pixel_values (n, 3, {SIDE}, {SIDE}) float32, as imgbeddings' model has it.")
+    if ("embeddings", "tensor(float)", [DIMENSIONS]) not in outputs:
+        raise Misuse(f"{path}: its output must be embeddings (n, {DIMENSIONS}) float32, as imgbeddings' model has it.")
+    model = Clip(model_path=str(path))
+    model.session = session
+    model.record = ModelRecord(name, sha256)
+    return model
+
+
+def hub_file() -> Path:
+    """The file of imgbeddings' model, downloaded with progress where it is not in the hub's cache yet.
+
+    Raises Misuse where the hub does not answer within about ten seconds.
+    """
+    return cached_hub_file() or download()
+
+
+def cached_hub_file() -> Path | None:
+    """The model in the hub's cache, found without the import of huggingface_hub (half a second).
+
+    The cache's layout is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    repository = cache / ("models--" + HUB_REPOSITORY.replace("/", "--"))
+    try:
+        revision = (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    path = repository / "snapshots" / revision / HUB_FILE
+    return path if path.is_file() else None
+
+
+def download() -> Path:
+    """Downloads the model into the hub's cache and checks its hash. Raises Misuse where that fails."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        # Asked first, since hf_hub_download alone tries for minutes where nothing answers.
+        remote = get_hf_file_metadata(hf_hub_url(HUB_REPOSITORY, HUB_FILE), timeout=HUB_SECONDS)
+        path = Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
+    except Exception as error:  # of the hub's, of its HTTP client's, of the file system's
+        raise Misuse(
+            f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): go online once and run"
+            " this again, or use --model FILE (an ONNX file with imgbeddings' input and output) or --model thumbnail."
+        ) from None
+    if remote.etag and len(remote.etag) == 64 and model_sha256(path) != remote.etag:  # a large file's etag is its SHA-256
+        path.resolve().unlink()
+        raise Misuse("The download of CLIP was damaged on its way: run this again.")
+    return path
