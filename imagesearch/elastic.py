@@ -1,0 +1,343 @@
+"""The index on Elasticsearch: written with its Python client, searched with `requests`."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import requests
+from numpy.typing import NDArray
+
+from imagesearch.connection import Connection
+from imagesearch.embed import Document, Stored, batched
+from imagesearch.errors import Failure, Misuse
+from imagesearch.index import Pause
+from imagesearch.models import DIMENSIONS, ModelRecord
+
+if TYPE_CHECKING:
+    from elasticsearch import Elasticsearch
+
+Answer = TypeVar("Answer")
+
+SECONDS = 60  # for one request
+BULK = 128  # documents in one bulk request: about 1 MB
+PAGE = 1000  # documents in one page of a listing
+SCORED = 2.0  # rescore_vector's oversample: how many times k are scored with the exact vectors
+FIELDS = ["file_path", "desc"]
+
+# Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and the rest
+# are left to the server's index templates.
+PROPERTIES = {
+    "embeddings": {
+        "type": "dense_vector",
+        "dims": DIMENSIONS,
+        "index": True,
+        "similarity": "cosine",
+        "index_options": {"type": "int8_hnsw", "m": 16, "ef_construction": 100},
+    },
+    "desc": {"type": "keyword"},
+    "file_path": {"type": "keyword"},
+    "size": {"type": "long", "index": False},
+    "mtime": {"type": "long", "index": False},
+    "sha256": {"type": "keyword", "index": False},
+}
+
+
+class Busy(Exception):
+    """Elasticsearch cannot take something just now; the text says why."""
+
+
+class Elastic:
+    """The index `name`, or the one that the alias `name` stands for, on Elasticsearch.
+
+    `pause` is called when Elasticsearch is away or busy in the middle of a run. A run that it keeps
+    waiting for more than `patience` seconds at a time ends with Failure.
+    """
+
+    def __init__(self, connection: Connection, name: str, pause: Pause, patience: float) -> None:
+        self.connection = connection
+        self.name = name
+        self.pause = pause
+        self.patience = patience
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
+        if "session" in self.__dict__:
+            self.session.close()
+
+    @functools.cached_property
+    def client(self) -> "Elasticsearch":
+        """The client that writes. Imported when it is needed: it takes longer than a search."""
+        from elasticsearch import Elasticsearch, OrjsonSerializer
+
+        ours, tls = self.connection, {}
+        if ours.urls[0].startswith("https"):
+            tls = {"verify_certs": not ours.insecure, "ssl_show_warn": False}
+            if ours.ca and not ours.insecure:
+                tls["ca_certs"] = ours.ca
+        return Elasticsearch(
+            list(ours.urls),
+            basic_auth=(ours.user, ours.password) if ours.user and ours.password is not None else None,
+            api_key=ours.api_key,
+            request_timeout=SECONDS,
+            serializer=OrjsonSerializer(),  # takes numpy's vectors as they are, 20 times faster
+            **tls,
+        )
+
+    @functools.cached_property
+    def session(self) -> requests.Session:
+        """The session that searches, with the same addresses, credentials and CA as the client and no others."""
+        session = requests.Session()
+        session.trust_env = False  # no .netrc and no proxies, which the client does not read either
+        session.verify = self.connection.ca or True
+        if self.connection.insecure:
+            session.verify = False
+            requests.packages.urllib3.disable_warnings()  # said once by the command line
+        if self.connection.api_key:
+            session.headers["Authorization"] = f"ApiKey {self.connection.api_key}"
+        elif self.connection.user and self.connection.password is not None:
+            # Bytes, as requests would encode text as Latin-1.
+            session.auth = (self.connection.user.encode(), self.connection.password.encode())
+        return session
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Sends one request to the first node that answers; its status, and its body if that is JSON.
+
+        Raises Misuse where no node answers, or something answers that is not this user's Elasticsearch.
+        """
+        for url in self.connection.urls:
+            try:
+                response = self.session.request(method, f"{url}/{path}", json=body, timeout=(10, SECONDS))
+                break
+            except requests.exceptions.SSLError as error:
+                raise Misuse(untrusted(url, error)) from None
+            except requests.exceptions.RequestException as error:
+                unanswered = f"No Elasticsearch answers at {self.connection.place}: {innermost(error)}."
+        else:
+            raise Misuse(f"{unanswered} Check ES_URL and that the server runs.")
+        if response.status_code == 401:
+            raise Misuse(f"{url} refuses the user or password in ES_URL, or the key in ES_API_KEY (HTTP 401).")
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if response.headers.get("X-Elastic-Product") != "Elasticsearch" or not isinstance(answer, dict):
+            kind = response.headers.get("Content-Type", "nothing")
+            raise Misuse(
+                f"{url} is not Elasticsearch, or something stands before it:"
+                f" it answered HTTP {response.status_code} with {kind}. Check ES_URL."
+            )
+        return response.status_code, answer
+
+    def model(self) -> ModelRecord | None:
+        """See `Index.model`. Raises Misuse for an index that this project did not make."""
+        status, answer = self.ask("GET", f"{self.name}/_mapping")
+        if status == 404:
+            return None
+        if status != 200:
+            raise Misuse(f"Elasticsearch does not show the index {self.name}: {explained(answer)}.")
+        if len(answer) != 1:
+            raise Misuse(f"{self.name} is an alias of several indices ({', '.join(sorted(answer))}): give one of them.")
+        mappings = next(iter(answer.values()))["mappings"]
+        meta = mappings.get("_meta", {})
+        dimensions = mappings.get("properties", {}).get("embeddings", {}).get("dims")
+        try:
+            record = ModelRecord(**meta)
+        except TypeError:
+            record = None
+        if record is None or dimensions != DIMENSIONS:
+            raise Misuse(
+                f"The index {self.name} was not made by create.py: it has no record of its model."
+                " Choose another name with --index."
+            )
+        return record
+
+    def create(self, record: ModelRecord) -> None:
+        from elasticsearch import BadRequestError
+
+        mappings = {"dynamic": "strict", "_meta": vars(record), "properties": PROPERTIES}
+
+        def send() -> None:
+            try:
+                self.client.indices.create(index=self.name, mappings=mappings)
+            except BadRequestError as error:
+                if error.error != "resource_already_exists_exception":
+                    raise
+
+        self.patiently(send)
+
+    def stored(self, ids: Sequence[str]) -> dict[str, Stored]:
+        hits = self.hits({"ids": {"values": list(ids)}}, size=len(ids), docvalue_fields=["size", "mtime", "sha256"])
+        return {hit["_id"]: Stored(**{name: values[0] for name, values in hit["fields"].items()}) for hit in hits}
+
+    def paths(self, folder: str) -> Iterator[tuple[str, str]]:
+        after: dict[str, Any] = {}
+        while hits := self.hits(
+            {"prefix": {"file_path": folder.rstrip("/") + "/"}},
+            size=PAGE,
+            docvalue_fields=["file_path"],
+            sort=[{"file_path": "asc"}],
+            **after,
+        ):
+            yield from ((hit["_id"], hit["fields"]["file_path"][0]) for hit in hits)
+            after = {"search_after": hits[-1]["sort"]}
+
+    def hits(self, query: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        """The hits of a search without vectors, complete: a missing shard is waited for."""
+
+        def send() -> list[dict[str, Any]]:
+            answer = self.client.search(index=self.name, query=query, source=False, track_total_hits=False, **options)
+            if answer["_shards"]["failed"] or answer["timed_out"]:
+                raise Busy(f"a shard of the index {self.name} is missing")
+            hits: list[dict[str, Any]] = answer["hits"]["hits"]
+            return hits
+
+        return self.patiently(send)
+
+    def write(self, documents: Iterable[Document]) -> Iterator[Document]:
+        for bulk in batched(documents, BULK):
+            waiting = {document.file.id: document for document in bulk}
+            failure: Failure | None = None
+            try:
+                self.patiently(lambda: self.send(waiting))
+            except Failure as error:
+                failure = error
+            yield from (document for document in bulk if document.file.id not in waiting)
+            if failure:
+                raise failure
+
+    def send(self, waiting: dict[str, Document]) -> None:
+        """Sends one bulk request, and takes from `waiting` what Elasticsearch has stored.
+
+        Raises Busy where it has rejected some for now, Failure where it has for good.
+        """
+        from elasticsearch.helpers import streaming_bulk
+
+        refused: list[dict[str, Any]] = []
+        actions = [self.action(document) for document in waiting.values()]
+        for accepted, item in streaming_bulk(self.client, actions, chunk_size=len(actions), raise_on_error=False):
+            result = next(iter(item.values()))
+            if accepted:
+                del waiting[result["_id"]]
+            else:
+                refused.append(result)
+        for result in refused:
+            if not passing(result["status"], result["error"]):
+                raise Failure(f"Elasticsearch refuses documents: {explained(result)}. {remedy(result)}")
+        if refused:
+            raise Busy(f"it has no room for {len(refused)} documents now ({explained(refused[0])})")
+
+    def action(self, document: Document) -> dict[str, Any]:
+        """The bulk action that brings the index up to date with `document`."""
+        file = document.file
+        body = {"size": file.size, "mtime": file.mtime}
+        if document.embedding is None:
+            return {"_op_type": "update", "_index": self.name, "_id": file.id, "retry_on_conflict": 3, "doc": body}
+        body |= {"file_path": file.file_path, "desc": file.desc, "sha256": document.sha256, "embeddings": document.embedding}
+        return {"_op_type": "index", "_index": self.name, "_id": file.id, "_source": body}
+
+    def delete(self, ids: Sequence[str]) -> int:
+        from elasticsearch.helpers import bulk
+
+        actions = [{"_op_type": "delete", "_index": self.name, "_id": name} for name in ids]
+        deleted, _ = self.patiently(lambda: bulk(self.client, actions, raise_on_error=False, stats_only=True))
+        return deleted
+
+    def refresh(self) -> None:
+        self.patiently(lambda: self.client.indices.refresh(index=self.name))
+
+    def search(self, embedding: NDArray[np.float32], k: int, desc: str | None) -> dict[str, Any]:
+        knn: dict[str, Any] = {
+            "field": "embeddings",
+            "query_vector": embedding.tolist(),
+            "k": k,
+            "num_candidates": min(10_000, max(100, 2 * k)),
+            "rescore_vector": {"oversample": SCORED},
+        }
+        if desc is not None:
+            knn["filter"] = {"term": {"desc": desc}}
+        status, answer = self.ask(
+            "POST", f"{self.name}/_search", {"knn": knn, "size": k, "_source": False, "fields": FIELDS}
+        )
+        if status == 200:
+            return answer
+        why = explained(answer)
+        if "rescore_vector" in why:
+            raise Misuse("This Elasticsearch is too old: search.py needs version 8.18 or newer (rescore_vector).")
+        raise Failure(f"Elasticsearch cannot search the index {self.name}: {why}.")
+
+    def patiently(self, call: Callable[[], Answer]) -> Answer:
+        """The result of `call()`, repeated with growing pauses while Elasticsearch is away or busy.
+
+        Raises Failure when it stays so, when the run is to end, and for what no wait will mend.
+        """
+        from elasticsearch import ApiError, TransportError
+        from elasticsearch import ConnectionError as Away
+
+        waited, delay = 0.0, 1.0
+        while True:
+            try:
+                return call()
+            except Busy as error:
+                why = str(error)
+            except Away as error:
+                if "TlsError" in type(error).__name__:
+                    raise Misuse(untrusted(self.connection.place, error)) from None
+                why = f"no answer from {self.connection.place} ({innermost(error)})"
+            except ApiError as error:
+                body = error.body if isinstance(error.body, dict) else {}
+                why = explained(body) if body else f"HTTP {error.status_code}"
+                if not passing(error.status_code, body.get("error")):
+                    raise Failure(f"Elasticsearch refuses a request: {why}. {remedy(body)}") from None
+            except TransportError as error:
+                raise Failure(f"{self.connection.place} does not answer as Elasticsearch does: {innermost(error)}.") from None
+            if waited >= self.patience or not self.pause(delay, f"Elasticsearch: {why}; trying again in {delay:g} s"):
+                raise Failure(f"Gave up on Elasticsearch after {waited:g} s of waiting: {why}. Run this again to go on from here.")
+            waited += delay
+            delay = min(2 * delay, 16.0)
+
+
+def passing(status: int, error: object) -> bool:
+    """Whether a refusal is one that passes by itself; a block on the index (a full disk, say) does not."""
+    kind = error.get("type") if isinstance(error, dict) else None
+    return status in (502, 503, 504) or (status == 429 and kind != "cluster_block_exception")
+
+
+def explained(answer: dict[str, Any]) -> str:
+    """Elasticsearch's own reason in `answer`, on one line."""
+    error = answer.get("error")
+    while isinstance(error, dict) and isinstance(error.get("caused_by"), dict):
+        error = error["caused_by"]
+    text = f"{error.get('type')}: {error.get('reason')}" if isinstance(error, dict) else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def remedy(answer: dict[str, Any]) -> str:
+    """What a user does about a refusal."""
+    if "cluster_block_exception" in str(answer.get("error")):
+        return "Free disk space on the server or lift the index's block, then run this again."
+    return "Run this again when that is mended."
+
+
+def untrusted(place: str, error: Exception) -> str:
+    """What is wrong with the certificate of `place`, and what to do."""
+    return (
+        f"The certificate of {place} is not trusted ({innermost(error)}):"
+        " set ES_CA_CERT to the file of its CA's certificate."
+    )
+
+
+def innermost(error: BaseException) -> str:
+    """The reason at the bottom of nested network errors, without the objects around it."""
+    while True:
+        inner = getattr(error, "reason", None) or next(iter(getattr(error, "errors", ()) or ()), None)
+        inner = inner or next((value for value in error.args if isinstance(value, BaseException)), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    text = str(error.args[-1] if error.args else error)
+    return " ".join(text.split(": ", 1)[-1].split()).rstrip(".")
