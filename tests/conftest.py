@@ -1,0 +1,165 @@
+"""What the tests share: a real Elasticsearch, the two scripts as a user runs them, small images and models."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from onnx import TensorProto, helper
+from PIL import Image
+
+from tests.server import ROOT, Cluster, Unavailable
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running Elasticsearch: `ES_URL` and `ES_CA_CERT` for it."""
+
+    url: str
+    ca: str
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """Sends a request as the administrator; its JSON."""
+        kind = {"json": body} if not isinstance(body, bytes) else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
+        answer = requests.request(method, f"{self.url.split(',')[0]}/{path}", verify=self.ca, timeout=60, **kind)
+        assert answer.ok, answer.text
+        return answer.json()
+
+
+def unavailable(why: str) -> None:
+    """Skips, saying why; in CI a missing Elasticsearch is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Elasticsearch 8.19, or the one that `TEST_ES_URL` (and `TEST_ES_CA_CERT`) name."""
+    if url := os.environ.get("TEST_ES_URL"):
+        yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
+        return
+    try:
+        cluster = Cluster()
+    except Unavailable as why:
+        unavailable(str(why))
+    with cluster:
+        yield Server(cluster.url, str(cluster.ca))
+
+
+@dataclass
+class Scripts:
+    """Runs create.py and search.py as a user does, in a folder of their own, on an index of their own."""
+
+    folder: Path
+    environment: dict[str, str]
+    index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
+
+    def start(self, script: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+        """Starts a script; its output is text, on pipes."""
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, arguments), "--index", self.index],
+            cwd=self.folder,
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(script, *arguments, **environment)
+        stdout, stderr = process.communicate(timeout=120)
+        assert "Traceback" not in stderr, stderr
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def create(self, *arguments: object, code: int = 0, **environment: str) -> str:
+        """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
+        model = () if "--model" in arguments else ("--model", "thumbnail")
+        done = self.run("create.py", *model, *arguments, **environment)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+        """Runs search.py; the JSON that it prints, a line each."""
+        done = self.run("search.py", *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def paths(self) -> list[str]:
+        """The `file_path` of every document, sorted."""
+        anything = self.folder / "anything.png"
+        Image.new("RGB", (20, 20), "teal").save(anything)
+        hits = self.search(anything, "-k", 1000)[0]["hits"]["hits"]
+        return sorted(hit["fields"]["file_path"][0] for hit in hits)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_"))}
+    return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Scripts:
+    """The scripts on the local index file."""
+    return Scripts(tmp_path, environment(tmp_path))
+
+
+@pytest.fixture
+def elastic(tmp_path: Path, server: Server) -> Iterator[Scripts]:
+    """The scripts on the real Elasticsearch."""
+    scripts = Scripts(tmp_path, environment(tmp_path) | {"ES_URL": server.url, "ES_CA_CERT": server.ca})
+    yield scripts
+    server.request("DELETE", f"{scripts.index}?ignore_unavailable=true")
+
+
+@pytest.fixture(params=["local", "elastic"])
+def scripts(request: pytest.FixtureRequest) -> Scripts:
+    """The scripts on each kind of index in turn."""
+    scripts: Scripts = request.getfixturevalue(request.param)
+    return scripts
+
+
+Picture = Callable[..., Path]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Picture:
+    """Makes an image file, different for each name, below the test's folder; gives its path."""
+
+    def make(name: str, size: tuple[int, int] = (40, 30), seed: int | None = None, **options: Any) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(size, sum(name.encode()) if seed is None else seed).save(path, **options)
+        return path
+
+    return make
+
+
+def image(size: tuple[int, int], seed: int) -> Image.Image:
+    """A picture with large coloured patches, as different from another seed's as two photographs."""
+    patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
+
+
+def averaging_model(path: Path, scale: float = 1.0) -> Path:
+    """An ONNX model with imgbeddings' input and output: the pixels averaged to 16×16, times `scale`."""
+    pool = helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[14, 14], strides=[14, 14])
+    flat = helper.make_node("Flatten", ["pooled"], ["flat"])
+    constant = helper.make_tensor("scale", TensorProto.FLOAT, [], [scale])
+    scaled = helper.make_node("Mul", ["flat", "scale"], ["embeddings"])
+    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 224, 224])
+    embeddings = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", 768])
+    graph = helper.make_graph([pool, flat, scaled], "averaging", [pixels], [embeddings], [constant])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    path.write_bytes(model.SerializeToString())
+    return path
