@@ -59,12 +59,15 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--images", metavar="DIR", type=clean, default=clean("images"), help="the folder (default: images)")
+    parser.add_argument(
+        "--images", metavar="DIR", type=clean, default=clean("images"), help="the folder (default: images)"
+    )
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
         default="clip",
-        help="clip (default; downloaded once), thumbnail (built in: 16x16 pixels), or an ONNX file with imgbeddings' input and output",
+        help="clip (default; downloaded once), thumbnail (built in, 16x16 pixels),"
+        " or an ONNX file with imgbeddings' input and output",
     )
     parser.add_argument("--prune", action="store_true", help="delete the documents below DIR whose files are gone")
     parser.add_argument(
@@ -88,7 +91,9 @@ def check_folder(folder: str) -> None:
     try:
         os.scandir(folder).close()
     except OSError as error:
-        raise Misuse(f"{shown(folder)}: {reason(error)}. Put your images there, or name their folder with --images.") from None
+        raise Misuse(
+            f"{shown(folder)}: {reason(error)}. Put your images there, or name their folder with --images."
+        ) from None
     if next(quiet_walk(folder), None) is None:
         raise Misuse(f"There are no images below {shown(folder)}. Put some there, or name their folder with --images.")
 

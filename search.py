@@ -25,7 +25,9 @@ def main() -> int:
     with cli.open_index(arguments, lambda seconds, why: False, 0) as index:
         made_by = index.model()
         if made_by is None:
-            raise Misuse(f"There is no index {arguments.index} yet: make it with create.py, or name another with --index.")
+            raise Misuse(
+                f"There is no index {arguments.index} yet: make it with create.py, or name another with --index."
+            )
         one = len(arguments.image) == 1
         model = load(made_by, arguments.model, threads=cores() if one else 1)
         queries = ((File(path, 0, 0), None) for path in arguments.image)
@@ -52,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="an image file to search for")
     parser.add_argument("-k", metavar="N", type=neighbours, default=1, help="how many nearest images (default: 1)")
     parser.add_argument("--desc", metavar="NAME", help="search only images of this class, the name of their folder")
-    parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is, if not where create.py found it")
+    parser.add_argument(
+        "--model", metavar="FILE", help="where the index's ONNX model is, if not where create.py found it"
+    )
     parser.add_index_options()
     return parser.parse_args()
 
@@ -71,7 +75,9 @@ def load(made_by: ModelRecord, name: str | None, threads: int) -> Model:
     except Misuse as misuse:
         if name or made_by.model in ("clip", "thumbnail"):
             raise
-        raise Misuse(f"The index was made with the model {shown(made_by.model)}: say where it is now with --model FILE.") from misuse
+        raise Misuse(
+            f"The index was made with the model {shown(made_by.model)}: say where it is now with --model FILE."
+        ) from misuse
     if not made_by.same_as(model.record):
         raise Misuse(
             f"The index was made with --model {shown(made_by.model)}, and {shown(model.record.model)} is not the same:"

@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_index_options(self) -> None:
         """The options that say which index is used."""
-        self.add_argument("--index", metavar="NAME", type=index_name, default="images", help="the index (default: images)")
+        self.add_argument(
+            "--index", metavar="NAME", type=index_name, default="images", help="the index (default: images)"
+        )
         self.add_argument(
             "--db",
             metavar="FILE",
@@ -56,7 +58,7 @@ def index_name(text: str) -> str:
     forbidden = set(' \\/*?"<>|,#:') & set(text)
     if not text or forbidden or text != text.lower() or text[0] in "-_+." or len(text.encode()) > 255:
         raise argparse.ArgumentTypeError(
-            "must be lower case, without spaces or any of \\/*?\"<>|,#: and not begin with - _ + or a dot"
+            'must be lower case, without spaces or any of \\/*?"<>|,#: and not begin with - _ + or a dot'
         )
     return text
 

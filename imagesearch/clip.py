@@ -44,11 +44,11 @@ def import_imgbeddings() -> Any:
             sys.modules[name] = module
         from imgbeddings import imgbeddings
     finally:
-        for name, module in before.items():
-            if module is None:
+        for name, original in before.items():
+            if original is None:
                 del sys.modules[name]
             else:
-                sys.modules[name] = module
+                sys.modules[name] = original
     return imgbeddings
 
 
@@ -120,7 +120,9 @@ def load(name: str, path: Path, threads: int) -> Clip:
     except Exception as error:  # Onnx Runtime's own exceptions share no other base class
         raise Misuse(f"{path} is not an ONNX model that can be run: {' '.join(str(error).split())}") from None
     if inputs != [("pixel_values", "tensor(float)", [3, SIDE, SIDE])]:
-        raise Misuse(f"{path}: its input must be pixel_values (n, 3, {SIDE}, {SIDE}) float32, as imgbeddings' model has it.")
+        raise Misuse(
+            f"{path}: its input must be pixel_values (n, 3, {SIDE}, {SIDE}) float32, as imgbeddings' model has it."
+        )
     if ("embeddings", "tensor(float)", [DIMENSIONS]) not in outputs:
         raise Misuse(f"{path}: its output must be embeddings (n, {DIMENSIONS}) float32, as imgbeddings' model has it.")
     model = Clip(model_path=str(path))
@@ -168,7 +170,9 @@ def download() -> Path:
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): go online once and run"
             " this again, or use --model FILE (an ONNX file with imgbeddings' input and output) or --model thumbnail."
         ) from None
-    if remote.etag and len(remote.etag) == 64 and model_sha256(path) != remote.etag:  # a large file's etag is its SHA-256
+    if (
+        remote.etag and len(remote.etag) == 64 and model_sha256(path) != remote.etag
+    ):  # a large file's etag is its SHA-256
         path.resolve().unlink()
         raise Misuse("The download of CLIP was damaged on its way: run this again.")
     return path

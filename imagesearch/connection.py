@@ -1,5 +1,6 @@
 """Where Elasticsearch is and how to get in, from the environment."""
 
+import base64
 import os
 import ssl
 from collections.abc import Mapping
@@ -24,6 +25,15 @@ class Connection:
     api_key: str | None = field(repr=False)
     ca: str | None
     insecure: bool
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request carries to be let in."""
+        if self.api_key:
+            return {"Authorization": f"ApiKey {self.api_key}"}
+        if self.user:
+            return {"Authorization": "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()}
+        return {}
 
     @property
     def place(self) -> str:

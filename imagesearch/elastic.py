@@ -1,6 +1,7 @@
 """The index on Elasticsearch: written with its Python client, searched with `requests`."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -74,18 +75,17 @@ class Elastic:
         """The client that writes. Imported when it is needed: it takes longer than a search."""
         from elasticsearch import Elasticsearch, OrjsonSerializer
 
-        ours, tls = self.connection, {}
-        if ours.urls[0].startswith("https"):
-            tls = {"verify_certs": not ours.insecure, "ssl_show_warn": False}
-            if ours.ca and not ours.insecure:
-                tls["ca_certs"] = ours.ca
+        options: dict[str, Any] = {}
+        if self.connection.urls[0].startswith("https"):
+            options = {"verify_certs": not self.connection.insecure, "ssl_show_warn": False}
+            if self.connection.ca and not self.connection.insecure:
+                options["ca_certs"] = self.connection.ca
         return Elasticsearch(
-            list(ours.urls),
-            basic_auth=(ours.user, ours.password) if ours.user and ours.password is not None else None,
-            api_key=ours.api_key,
+            list(self.connection.urls),
+            headers=self.connection.headers,
             request_timeout=SECONDS,
-            serializer=OrjsonSerializer(),  # takes numpy's vectors as they are, 20 times faster
-            **tls,
+            serializer=OrjsonSerializer(),  # takes numpy's vectors as they are, 15 times faster
+            **options,
         )
 
     @functools.cached_property
@@ -93,15 +93,11 @@ class Elastic:
         """The session that searches, with the same addresses, credentials and CA as the client and no others."""
         session = requests.Session()
         session.trust_env = False  # no .netrc and no proxies, which the client does not read either
+        session.headers.update(self.connection.headers)
         session.verify = self.connection.ca or True
         if self.connection.insecure:
             session.verify = False
-            requests.packages.urllib3.disable_warnings()  # said once by the command line
-        if self.connection.api_key:
-            session.headers["Authorization"] = f"ApiKey {self.connection.api_key}"
-        elif self.connection.user and self.connection.password is not None:
-            # Bytes, as requests would encode text as Latin-1.
-            session.auth = (self.connection.user.encode(), self.connection.password.encode())
+            warnings.filterwarnings("ignore", "Unverified HTTPS request")  # the command line has said it, once
         return session
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
@@ -120,7 +116,7 @@ class Elastic:
         else:
             raise Misuse(f"{unanswered} Check ES_URL and that the server runs.")
         if response.status_code == 401:
-            raise Misuse(f"{url} refuses the user or password in ES_URL, or the key in ES_API_KEY (HTTP 401).")
+            raise Misuse(locked_out(url))
         try:
             answer = response.json()
         except ValueError:
@@ -203,7 +199,7 @@ class Elastic:
             waiting = {document.file.id: document for document in bulk}
             failure: Failure | None = None
             try:
-                self.patiently(lambda: self.send(waiting))
+                self.patiently(functools.partial(self.send, waiting))
             except Failure as error:
                 failure = error
             yield from (document for document in bulk if document.file.id not in waiting)
@@ -234,10 +230,15 @@ class Elastic:
     def action(self, document: Document) -> dict[str, Any]:
         """The bulk action that brings the index up to date with `document`."""
         file = document.file
-        body = {"size": file.size, "mtime": file.mtime}
+        body: dict[str, Any] = {"size": file.size, "mtime": file.mtime}
         if document.embedding is None:
             return {"_op_type": "update", "_index": self.name, "_id": file.id, "retry_on_conflict": 3, "doc": body}
-        body |= {"file_path": file.file_path, "desc": file.desc, "sha256": document.sha256, "embeddings": document.embedding}
+        body |= {
+            "file_path": file.file_path,
+            "desc": file.desc,
+            "sha256": document.sha256,
+            "embeddings": document.embedding,
+        }
         return {"_op_type": "index", "_index": self.name, "_id": file.id, "_source": body}
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -291,12 +292,18 @@ class Elastic:
             except ApiError as error:
                 body = error.body if isinstance(error.body, dict) else {}
                 why = explained(body) if body else f"HTTP {error.status_code}"
+                if error.status_code == 401:
+                    raise Misuse(locked_out(self.connection.place)) from None
                 if not passing(error.status_code, body.get("error")):
                     raise Failure(f"Elasticsearch refuses a request: {why}. {remedy(body)}") from None
             except TransportError as error:
-                raise Failure(f"{self.connection.place} does not answer as Elasticsearch does: {innermost(error)}.") from None
+                raise Failure(
+                    f"{self.connection.place} does not answer as Elasticsearch does: {innermost(error)}."
+                ) from None
             if waited >= self.patience or not self.pause(delay, f"Elasticsearch: {why}; trying again in {delay:g} s"):
-                raise Failure(f"Gave up on Elasticsearch after {waited:g} s of waiting: {why}. Run this again to go on from here.")
+                raise Failure(
+                    f"Gave up on Elasticsearch after {waited:g} s of waiting: {why}. Run this again to go on from here."
+                )
             waited += delay
             delay = min(2 * delay, 16.0)
 
@@ -320,7 +327,16 @@ def remedy(answer: dict[str, Any]) -> str:
     """What a user does about a refusal."""
     if "cluster_block_exception" in str(answer.get("error")):
         return "Free disk space on the server or lift the index's block, then run this again."
+    if "security_exception" in str(answer.get("error")):
+        return (
+            "Give the user the privileges create_index, read, write and maintenance on the index, then run this again."
+        )
     return "Run this again when that is mended."
+
+
+def locked_out(place: str) -> str:
+    """What HTTP 401 means."""
+    return f"{place} refuses the user or password in ES_URL, or the key in ES_API_KEY (HTTP 401)."
 
 
 def untrusted(place: str, error: Exception) -> str:

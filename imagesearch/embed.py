@@ -66,9 +66,7 @@ class Loaded:
     pixels: NDArray[np.uint8] | None
 
 
-def embed(
-    files: Iterable[tuple[File, Stored | None]], model: Model, workers: int
-) -> Iterator[Document | Unreadable]:
+def embed(files: Iterable[tuple[File, Stored | None]], model: Model, workers: int) -> Iterator[Document | Unreadable]:
     """The document of each file, in order; at most a few batches are under way at any time.
 
     `workers` batches are embedded at once, and as many files decoded.

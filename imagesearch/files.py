@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, _imaging
 
 try:
     from pillow_heif import register_heif_opener
@@ -90,7 +90,7 @@ def extensions() -> frozenset[str]:
     unreadable = set(NAMED_ONLY)
     if not EpsImagePlugin.has_ghostscript():
         unreadable.add("EPS")
-    if not hasattr(Image.core, "drawwmf"):  # Windows only
+    if not hasattr(_imaging, "drawwmf"):  # Windows only
         unreadable.add("WMF")
     known = Image.registered_extensions().items()
     return frozenset(extension for extension, name in known if name in Image.OPEN and name not in unreadable)

@@ -19,7 +19,9 @@ class Index(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     def model(self) -> ModelRecord | None:
         """Which model made the index's embeddings; None where there is no such index."""

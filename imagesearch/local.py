@@ -68,7 +68,9 @@ class Local:
             )
             empty = database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
             if not empty and (application, version) != (APPLICATION, 1):
-                raise Misuse(f"{shown(str(self.path))} is a database, but not an index made by create.py: give another --db.")
+                raise Misuse(
+                    f"{shown(str(self.path))} is a database, but not an index made by create.py: give another --db."
+                )
             row = None if empty else self.row("SELECT number FROM indices WHERE name = ?", self.name)
             self.number = row[0] if row else 0
         return database
@@ -83,7 +85,9 @@ class Local:
             if "locked" in str(error):
                 raise Failure(f"{place} is in use by another process: run this again when that has ended.") from None
             if "not a database" in str(error) or "malformed" in str(error):
-                raise Misuse(f"{place} is not an SQLite file, or damaged ({error}): move it away or give another --db.") from None
+                raise Misuse(
+                    f"{place} is not an SQLite file, or damaged ({error}): move it away or give another --db."
+                ) from None
             raise Failure(f"{place} cannot be read or written: {error}. Run this again when that is mended.") from None
 
     @contextmanager
@@ -150,8 +154,8 @@ class Local:
                 "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (self.number, file.id, slot, file.file_path, file.desc, file.size, file.mtime, document.sha256),
             )
-            with self.embedding(slot) as (block, place):
-                block[place] = unit(document.embedding).tobytes()
+            with self.embedding(slot) as blob:
+                blob.write(unit(document.embedding).tobytes())
         elif row:
             query = "UPDATE documents SET size = ?, mtime = ? WHERE indices = ? AND id = ?"
             self.database.execute(query, (file.size, file.mtime, self.number, file.id))
@@ -160,15 +164,15 @@ class Local:
         return slot + 1
 
     @contextmanager
-    def embedding(self, slot: int) -> Iterator[tuple[sqlite3.Blob, slice]]:
-        """The block that slot `slot` is in, and its place there in bytes."""
+    def embedding(self, slot: int) -> Iterator[sqlite3.Blob]:
+        """The embedding in slot `slot`, to read or write from its start on."""
         assert self.database
         number = self.block(slot)
         empty = f"INSERT OR IGNORE INTO blocks VALUES (?, zeroblob({ROWS * ROW_BYTES}))"
         self.database.execute(empty, (number,))
-        start = slot % ROWS * ROW_BYTES
-        with self.database.blobopen("blocks", "embeddings", number) as block:
-            yield block, slice(start, start + ROW_BYTES)
+        with self.database.blobopen("blocks", "embeddings", number) as blob:
+            blob.seek(slot % ROWS * ROW_BYTES)
+            yield blob
 
     def block(self, slot: int) -> int:
         """The number, in the table of blocks, of the one that slot `slot` of this index is in."""
@@ -209,10 +213,10 @@ class Local:
         assert self.database
         if source == target:
             return
-        with self.embedding(source) as (block, place):
-            moved = block[place]
-        with self.embedding(target) as (block, place):
-            block[place] = moved
+        with self.embedding(source) as blob:
+            moved = blob.read(ROW_BYTES)
+        with self.embedding(target) as blob:
+            blob.write(moved)
         query = "UPDATE documents SET slot = ? WHERE indices = ? AND slot = ?"
         self.database.execute(query, (target, self.number, source))
 

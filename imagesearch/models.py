@@ -1,7 +1,7 @@
 """The models that make embeddings, by the name or file that `--model` gives."""
 
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -61,7 +61,8 @@ class Thumbnail:
 
     def embed(self, batch: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         # Around mid-grey, so that the cosine tells dark from light; no 8-bit value comes out as 0.
-        return np.stack(batch).reshape(len(batch), DIMENSIONS) / np.float32(127.5) - np.float32(1)
+        averages = np.stack(batch).reshape(len(batch), DIMENSIONS).astype(np.float32)
+        return averages / np.float32(127.5) - np.float32(1)
 
 
 def load_model(name: str, threads: int) -> Model:

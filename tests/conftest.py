@@ -28,7 +28,11 @@ class Server:
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Sends a request as the administrator; its JSON."""
-        kind = {"json": body} if not isinstance(body, bytes) else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
+        kind = (
+            {"json": body}
+            if not isinstance(body, bytes)
+            else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
+        )
         answer = requests.request(method, f"{self.url.split(',')[0]}/{path}", verify=self.ca, timeout=60, **kind)
         assert answer.ok, answer.text
         return answer.json()

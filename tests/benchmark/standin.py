@@ -7,6 +7,7 @@ dynamically quantised to uint8. What it costs is what CLIP costs; what it says m
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +40,7 @@ class Graph:
     def shape(self, *sizes: int) -> str:
         return self.constant(np.array(sizes, np.int64))
 
-    def add(self, operator: str, *inputs: str, **attributes: object) -> str:
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
         name = f"{operator}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name

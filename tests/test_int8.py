@@ -1,0 +1,116 @@
+"""The rewritten model: the same integers, used only where they come out the same."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from imagesearch import int8
+from imagesearch.cache import cache_folder
+from imagesearch.int8 import exact_int8, multiplies_exactly, rewrite, write_probe
+from tests.benchmark.standin import build
+from tests.conftest import averaging_model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's shape and operators, three layers of it, with random weights."""
+    path = tmp_path_factory.mktemp("model") / "clip.onnx"
+    build(path, layers=3)
+    return path
+
+
+def embeddings(path: Path, batch: int) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = np.random.default_rng(0).standard_normal((64, 3, 224, 224), np.float32)
+    parts = [session.run(["embeddings"], {"pixel_values": pixels[n : n + batch]})[0] for n in range(0, 64, batch)]
+    return np.concatenate(parts)
+
+
+def require_exact_kernel(tmp_path: Path) -> None:
+    write_probe(tmp_path / "probe.onnx")
+    if not multiplies_exactly(tmp_path / "probe.onnx"):
+        pytest.skip("this CPU's kernel for uint8 x int8 saturates, so the rewritten model is not used on it")
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_embeddings_are_bit_identical(batch: int, standin: Path, tmp_path: Path) -> None:
+    require_exact_kernel(tmp_path)
+    rewritten = exact_int8(standin, "hash")
+    assert rewritten != standin
+    assert np.abs(embeddings(rewritten, batch) - embeddings(standin, batch)).max() == 0
+
+
+def test_every_weight_is_int8_and_means_the_same(standin: Path, tmp_path: Path) -> None:
+    rewrite(standin, tmp_path / "rewritten.onnx")
+    before, after = onnx.load(standin).graph, onnx.load(tmp_path / "rewritten.onnx").graph
+    old, new = ({t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (before, after))
+    products = [node for node in after.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 18
+    for node in products:
+        weight, zero_point = node.input[1], node.input[3]
+        assert new[weight].dtype == new[zero_point].dtype == np.int8
+        assert np.array_equal(new[weight].astype(int) - new[zero_point], old[weight].astype(int) - old[zero_point])
+
+
+def test_it_is_kept_under_the_originals_hash_and_made_once(standin: Path, tmp_path: Path) -> None:
+    require_exact_kernel(tmp_path)
+    rewritten = exact_int8(standin, "hash")
+    assert rewritten == cache_folder() / "hash.int8.onnx"
+    made = rewritten.stat().st_mtime_ns
+    assert exact_int8(standin, "hash").stat().st_mtime_ns == made
+    assert exact_int8(standin, "other") != rewritten
+    assert not list(cache_folder().glob("*.tmp"))
+
+
+def test_a_rewrite_that_breaks_off_leaves_nothing(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(original: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(int8, "rewrite", break_off)
+    assert exact_int8(standin, "hash") == standin
+    assert {path.name for path in cache_folder().iterdir()} == {"probe.onnx"}
+
+
+def test_a_cpu_that_saturates_keeps_the_original(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Saturating:
+        """Adds pairs of products in 16 bits, as vpmaddubsw does on a CPU without VNNI."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def run(self, _: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            products = inputs["left"].astype(np.int32)[:, :, None] * int8.RIGHT.astype(np.int32)[None]
+            pairs = products[:, 0::2] + products[:, 1::2]
+            return [np.clip(pairs, -32768, 32767).sum(axis=1)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Saturating)
+    assert exact_int8(standin, "hash") == standin
+
+
+def test_a_damaged_probe_proves_nothing(standin: Path) -> None:
+    exact_int8(standin, "hash")
+    (cache_folder() / "probe.onnx").write_bytes(b"damaged")
+    assert exact_int8(standin, "hash") == standin
+
+
+def test_a_model_that_does_not_fit_is_used_as_it_is(tmp_path: Path) -> None:
+    path = averaging_model(tmp_path / "averaging.onnx")
+    assert exact_int8(path, "hash") == path
+    assert exact_int8(path, "hash") == path  # and from its mark in the cache
+
+
+def test_without_a_cache_folder_the_original_is_used(
+    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert exact_int8(standin, "hash") == standin

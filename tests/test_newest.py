@@ -1,0 +1,43 @@
+"""A short pass on Elasticsearch 9.2: the same two scripts, the same index."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import Picture, Scripts, Server, environment, unavailable
+from tests.server import Cluster, Unavailable
+from tests.test_scripts import counts
+
+
+@pytest.fixture
+def newest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+    """The scripts on Elasticsearch 9.2, where a JDK 21 or newer is found."""
+    try:
+        cluster = Cluster("9.2.0")
+    except Unavailable as why:
+        if "JDK" in str(why):
+            pytest.skip(str(why))
+        unavailable(str(why))
+    with cluster:
+        folder = tmp_path_factory.mktemp("newest")
+        yield Scripts(folder, environment(folder) | {"ES_URL": cluster.url, "ES_CA_CERT": str(cluster.ca)})
+
+
+def test_elasticsearch_9_serves_as_8_does(newest: Scripts, picture: Picture) -> None:
+    for number in range(50):
+        picture(f"images/{number % 5}/{number}.png", seed=number)
+    newest.folder = picture("images/0/0.png", seed=0).parents[2]
+    assert counts(newest.create()) == {"new": 50}
+    (newest.folder / "images" / "0" / "0.png").touch()  # moves the stored vector, which 9.2 keeps out of _source
+    picture("images/0/5.png", seed=5).unlink()
+    assert counts(newest.create("--prune")) == {"unchanged": 49, "deleted": 1}
+    hits = newest.search(newest.folder / "images" / "0" / "0.png", "-k", 10, "--desc", "0")[0]["hits"]["hits"]
+    assert len(hits) == 9
+    assert hits[0]["fields"] == {"file_path": ["./images/0/0.png"], "desc": ["0"]}
+    assert hits[0]["_score"] == pytest.approx(1, abs=1e-5)
+    assert (
+        Server(newest.environment["ES_URL"], newest.environment["ES_CA_CERT"]).request("GET", f"{newest.index}/_count")[
+            "count"
+        ]
+        == 49
+    )

@@ -1,0 +1,387 @@
+"""create.py and search.py as a user runs them, on the local file and on a real Elasticsearch over TLS."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import quote
+
+import pytest
+import trustme
+from PIL import Image
+
+from tests.conftest import Picture, Scripts, Server, averaging_model, image
+
+COUNTS = re.compile(
+    r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated, (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted,"
+    r" (?P<unreadable>[\d,]+) unreadable, (?P<passed>[\d,]+) passed over in [\d.]+ s \([\d.]+ images/s embedded\)$",
+    re.MULTILINE,
+)
+
+
+def counts(stderr: str) -> dict[str, int]:
+    """The summary's counts that are not 0."""
+    found = COUNTS.search(stderr)
+    assert found, stderr
+    return {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value != "0"}
+
+
+@pytest.fixture
+def birds(picture: Picture) -> list[Path]:
+    """Thirty images in three classes and one in none."""
+    names = [
+        f"images/{bird}/{number}.png" for bird in ("Bald_Eagle", "Osprey", "deep/down/Wren") for number in range(10)
+    ]
+    return [picture(name) for name in [*names, "images/loose.jpg"]]
+
+
+def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scripts, birds: list[Path]) -> None:
+    assert counts(scripts.create()) == {"new": 31}
+    query = scripts.folder / "myimage.jpg"
+    Image.open(birds[3]).save(query, quality=95)
+    done = scripts.run("search.py", query.name)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+
+    response = json.loads(done.stdout)
+    path = "./images/Bald_Eagle/3.png"
+    assert list(response) == ["took", "timed_out", "_shards", "hits"]
+    assert list(response["_shards"].items()) == [("total", 1), ("successful", 1), ("skipped", 0), ("failed", 0)]
+    assert list(response["hits"]) == ["total", "max_score", "hits"]
+    assert response["hits"]["total"] == {"value": 1, "relation": "eq"}
+    (hit,) = response["hits"]["hits"]
+    assert list(hit) == ["_index", "_id", "_score", "fields"]
+    assert hit["_index"] == scripts.index
+    assert hit["_id"] == hashlib.sha256(path.encode()).hexdigest()
+    assert 0.99 < hit["_score"] == response["hits"]["max_score"] <= 1
+    assert list(hit["fields"].items()) == [("file_path", [path]), ("desc", ["Bald_Eagle"])]
+
+
+def test_both_kinds_of_index_give_the_same_hits(local: Scripts, elastic: Scripts, picture: Picture) -> None:
+    for number in range(150):
+        picture(f"images/{number % 7}/{number}.png", seed=number)
+    local.index = elastic.index
+    local.create()
+    elastic.create()
+    queries = [picture(f"query-{number}.png", size=(37, 64), seed=1000 + number) for number in range(5)]
+    for k in (1, 10):
+        for options in ((), ("--desc", "3")):
+            pairs = zip(
+                local.search(*queries, "-k", k, *options), elastic.search(*queries, "-k", k, *options), strict=True
+            )
+            for ours, theirs in pairs:
+                assert ours["hits"]["total"] == theirs["hits"]["total"] == {"value": k, "relation": "eq"}
+                for mine, yours in zip(ours["hits"]["hits"], theirs["hits"]["hits"], strict=True):
+                    assert mine["_score"] == pytest.approx(yours["_score"], abs=1e-4)
+                    assert (mine["_id"], mine["fields"]) == (yours["_id"], yours["fields"])
+
+
+def test_a_class_and_a_number_of_neighbours_can_be_asked_for(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    (response,) = scripts.search(birds[0], "-k", 5, "--desc", "Wren")
+    hits = response["hits"]["hits"]
+    assert [hit["fields"]["desc"] for hit in hits] == [["Wren"]] * 5
+    assert [hit["_score"] for hit in hits] == sorted((hit["_score"] for hit in hits), reverse=True)
+    assert len(scripts.search(birds[0], "-k", 100)[0]["hits"]["hits"]) == 31
+    done = scripts.run("search.py", birds[0], "--desc", "Dodo")
+    assert done.returncode == 0 and "no image of class Dodo" in done.stderr
+    assert json.loads(done.stdout)["hits"]["hits"] == []
+
+
+def test_several_images_are_answered_in_order_and_a_bad_one_is_named(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    (scripts.folder / "bad.png").write_bytes(birds[0].read_bytes()[:100])
+    done = scripts.run("search.py", birds[25], "bad.png", "missing.png", birds[2], scripts.folder)
+    assert done.returncode == 1
+    found = [json.loads(line)["hits"]["hits"][0]["fields"]["file_path"][0] for line in done.stdout.splitlines()]
+    assert found == ["./images/deep/down/Wren/5.png", "./images/Bald_Eagle/2.png"]
+    assert re.findall(r"^Cannot read (\S+): ", done.stderr, re.MULTILINE) == [
+        "bad.png",
+        "missing.png",
+        str(scripts.folder),
+    ]
+
+
+def test_a_second_run_embeds_only_what_changed(scripts: Scripts, birds: list[Path], picture: Picture) -> None:
+    scripts.create()
+    assert counts(scripts.create()) == {"unchanged": 31}
+
+    picture("images/Osprey/4.png", seed=9999)  # other content
+    os.utime(birds[0])  # touched, same content
+    picture("images/Osprey/new.png")
+    assert counts(scripts.create()) == {"new": 1, "updated": 1, "unchanged": 30}
+    assert counts(scripts.create()) == {"unchanged": 32}
+    (response,) = scripts.search(birds[14], "-k", 1)
+    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/Osprey/4.png"]
+    assert response["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_prune_forgets_what_is_gone_below_the_folder_only(
+    scripts: Scripts, birds: list[Path], picture: Picture
+) -> None:
+    other = picture("other/a.png")
+    picture("images-too/b.png")
+    for folder in ("images", "other", "images-too"):
+        scripts.create("--images", folder)
+    for path in [*birds[:10], other]:
+        path.unlink()
+    shutil.rmtree(scripts.folder / "images-too")
+    assert counts(scripts.create()) == {"unchanged": 21}
+    assert len(scripts.paths()) == 33
+    assert counts(scripts.create("--prune")) == {"unchanged": 21, "deleted": 10}
+    expected = sorted(f"./{path.relative_to(scripts.folder)}" for path in birds[10:])
+    assert scripts.paths() == sorted([*expected, "./other/a.png", "./images-too/b.png"])
+    for path in birds[10:]:  # what is left is still found where it was
+        assert scripts.search(path)[0]["hits"]["hits"][0]["fields"]["file_path"] == [
+            f"./{path.relative_to(scripts.folder)}"
+        ]
+
+
+def test_hidden_and_other_files_are_counted_as_passed_over(scripts: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    picture("images/.b.png")
+    (scripts.folder / "images" / "notes.txt").write_text("no image")
+    assert counts(scripts.create()) == {"new": 1, "passed": 2}
+
+
+def test_unreadable_images_are_named_and_the_rest_goes_on(scripts: Scripts, birds: list[Path]) -> None:
+    birds[0].write_bytes(b"no image")
+    birds[1].write_bytes(b"")
+    stderr = scripts.create(code=1)
+    assert counts(stderr) == {"new": 29, "unreadable": 2}
+    assert "Cannot read ./images/Bald_Eagle/0.png: not an image that Pillow can read" in stderr
+
+
+def test_many_unreadable_images_are_counted_but_not_all_named(local: Scripts) -> None:
+    (local.folder / "images").mkdir()
+    for number in range(50):
+        (local.folder / "images" / f"{number}.png").write_bytes(b"no image")
+    stderr = local.create(code=1)
+    assert counts(stderr) == {"unreadable": 50}
+    assert stderr.count("Cannot read") == 20 and stderr.count("only counted") == 1
+
+
+def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    model = averaging_model(scripts.folder / "model.onnx")
+    (scripts.folder / "images" / "new.png").write_bytes(birds[0].read_bytes())
+    stderr = scripts.create("--model", model, code=2)
+    assert "made with --model thumbnail" in stderr and "--index" in stderr
+    assert counts(scripts.create()) == {"new": 1, "unchanged": 31}
+
+
+def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list[Path]) -> None:
+    model = averaging_model(scripts.folder / "model.onnx")
+    assert counts(scripts.create("--model", model)) == {"new": 31}
+    assert scripts.search(birds[7])[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
+
+    moved = model.rename(scripts.folder / "moved.onnx")
+    done = scripts.run("search.py", birds[7])
+    assert done.returncode == 2 and "--model FILE" in done.stderr
+    assert scripts.search(birds[7], "--model", moved)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
+    assert counts(scripts.create("--model", moved)) == {"unchanged": 31}  # a file is known by its content
+
+    other = averaging_model(scripts.folder / "other.onnx", scale=2)
+    done = scripts.run("search.py", birds[7], "--model", other)
+    assert done.returncode == 2 and "not the same" in done.stderr and done.stdout == ""
+
+
+def test_no_index_and_an_empty_one_are_said_in_a_line(scripts: Scripts, birds: list[Path], server: Server) -> None:
+    done = scripts.run("search.py", birds[0])
+    assert done.returncode == 2 and "create.py" in done.stderr and done.stdout == ""
+    for path in birds[1:]:
+        path.unlink()
+    scripts.create()
+    birds[0].rename(scripts.folder / "elsewhere.png")
+    shutil.copy(scripts.folder / "elsewhere.png", scripts.folder / "images" / "other.png")
+    scripts.create("--prune")
+    (scripts.folder / "images" / "other.png").unlink()
+    (scripts.folder / "images" / "bad.png").write_bytes(b"no image")
+    scripts.create("--prune", code=1)
+    done = scripts.run("search.py", "elsewhere.png")
+    assert done.returncode == 2 and "is empty" in done.stderr and done.stdout == ""
+
+
+def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, birds: list[Path]) -> None:
+    stderr = scripts.create("--model", "clip", code=2)
+    assert stderr.splitlines()[-1].startswith("create.py: CLIP could not be downloaded")
+    assert "--model FILE" in stderr and "--model thumbnail" in stderr
+
+
+def test_without_es_url_a_line_says_which_file_and_how_to_use_elasticsearch(local: Scripts, birds: list[Path]) -> None:
+    for output in (local.create(), local.run("search.py", birds[0]).stderr):
+        assert output.startswith("Using the local index file imagesearch.db.") and "ES_URL" in output.splitlines()[0]
+    local.create("--db", "other.db")
+    assert (local.folder / "other.db").exists()
+    assert not list(local.folder.glob("*-wal"))  # one file, when nobody has it open
+
+
+def test_no_images_is_said_in_a_line(local: Scripts) -> None:
+    assert "No such file or directory" in local.create(code=2)
+    (local.folder / "images").mkdir()
+    (local.folder / "images" / "notes.txt").write_text("no image")
+    assert local.create(code=2).splitlines()[1].startswith("create.py: There are no images below ./images.")
+    assert not (local.folder / "imagesearch.db").exists()
+
+
+# Elasticsearch alone
+
+
+def one_line(scripts: Scripts, birds: list[Path], code: int = 2, **environment: str) -> str:
+    """Runs both scripts in an environment that cannot work; the line that both end with."""
+    lines = []
+    for arguments in (("create.py", "--model", "thumbnail"), ("search.py", birds[0])):
+        done = scripts.run(*arguments, **environment)
+        assert done.returncode == code and done.stdout == "", done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        for secret in ("p@ss/w:rd", quote("p@ss/w:rd", safe=""), "hunter2"):
+            assert secret not in done.stderr
+        lines.append(done.stderr.split(": ", 1)[1])
+    assert lines[0] == lines[1]
+    return lines[0]
+
+
+def test_a_wrong_password_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
+    url = re.sub("admin:[^@]*@", "admin:hunter2@", elastic.environment["ES_URL"])
+    assert "password" in one_line(elastic, birds, ES_URL=url)
+    url = re.sub("admin:[^@]*@", "", elastic.environment["ES_URL"])
+    assert "key" in one_line(elastic, birds, ES_URL=url, ES_API_KEY="hunter2")
+
+
+def test_a_wrong_ca_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
+    trustme.CA().cert_pem.write_to_path(str(elastic.folder / "other.pem"))
+    assert "ES_CA_CERT" in one_line(elastic, birds, ES_CA_CERT=str(elastic.folder / "other.pem"))
+    assert "ES_CA_CERT" in one_line(elastic, birds, ES_CA_CERT="")
+
+
+def test_no_server_and_a_wrong_url_are_one_line(elastic: Scripts, birds: list[Path]) -> None:
+    url = elastic.environment["ES_URL"]
+    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@localhost:9")
+    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@nowhere.invalid:9200")
+    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL=url.replace("https", "http"))
+    assert "ES_URL" in one_line(elastic, birds, ES_URL=url.replace("https", "ftp"))
+
+
+def test_insecure_goes_on_without_the_ca_and_says_so(elastic: Scripts, birds: list[Path]) -> None:
+    assert "--insecure" in elastic.create("--insecure", ES_CA_CERT="")
+    done = elastic.run("search.py", birds[0], "--insecure", ES_CA_CERT="")
+    assert done.returncode == 0 and "--insecure" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_api_key_stands_for_the_password(elastic: Scripts, birds: list[Path], server: Server) -> None:
+    privileges = {"images": {"indices": [{"names": [elastic.index], "privileges": ["all"]}]}}
+    try:
+        answer = server.request("POST", "_security/api_key", {"name": elastic.index, "role_descriptors": privileges})
+    except AssertionError as refused:
+        if "pattern_capture" not in str(refused):
+            raise
+        pytest.skip(
+            "this Elasticsearch lacks the module analysis-common, without which it keeps no keys: set TEST_ES_URL"
+        )
+    keyed = {"ES_URL": re.sub("admin:[^@]*@", "", server.url), "ES_API_KEY": answer["encoded"]}
+    assert counts(elastic.create(**keyed)) == {"new": 31}
+    assert elastic.search(birds[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
+
+
+class Door(http.server.BaseHTTPRequestHandler):
+    """Writes down who knocks: no index at a GET, no entry at anything else."""
+
+    seen: ClassVar[list[tuple[str, str | None]]] = []
+
+    def answer(self) -> None:
+        self.seen.append((self.command, self.headers["Authorization"]))
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_response(404 if self.command == "GET" else 401)
+        self.send_header("X-Elastic-Product", "Elasticsearch")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_PUT = do_POST = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_api_key_is_sent_by_both_clients(local: Scripts, birds: list[Path]) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{door.server_port}"
+        stderr = local.create(ES_URL=url, ES_API_KEY="a2V5OmtleQ==", code=2)
+        door.shutdown()
+    assert Door.seen == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
+    assert "HTTP 401" in stderr
+
+
+def test_the_index_is_as_pinned(elastic: Scripts, birds: list[Path], server: Server) -> None:
+    elastic.create()
+    mappings = server.request("GET", f"{elastic.index}/_mapping")[elastic.index]["mappings"]
+    assert mappings["dynamic"] == "strict"
+    assert mappings["_meta"] == {"model": "thumbnail", "sha256": "", "preprocessing": 1}
+    embeddings = mappings["properties"]["embeddings"]
+    assert (embeddings["type"], embeddings["dims"], embeddings["similarity"]) == ("dense_vector", 768, "cosine")
+    assert embeddings["index_options"]["type"] == "int8_hnsw"
+    assert set(mappings["properties"]) == {"embeddings", "desc", "file_path", "size", "mtime", "sha256"}
+
+
+def test_an_index_that_is_not_ours_is_refused_and_left_alone(
+    elastic: Scripts, birds: list[Path], server: Server
+) -> None:
+    server.request("PUT", elastic.index, {"mappings": {"properties": {"title": {"type": "text"}}}})
+    assert "no record of its model" in one_line(elastic, birds)
+    assert server.request("GET", f"{elastic.index}/_count")["count"] == 0
+    meta = {"model": "thumbnail", "sha256": "", "preprocessing": 1}
+    server.request("DELETE", elastic.index)
+    small = {"_meta": meta, "properties": {"embeddings": {"type": "dense_vector", "dims": 8}}}
+    server.request("PUT", elastic.index, {"mappings": small})
+    assert "not made by create.py" in one_line(elastic, birds)
+
+
+def test_vectors_of_another_preprocessing_are_refused(
+    scripts: Scripts, birds: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts.create()
+    site = scripts.folder / "sitecustomize.py"
+    site.write_text("import imagesearch.models as m\nm.Thumbnail.record = m.ModelRecord('thumbnail', '', 2)\n")
+    path = os.pathsep.join([str(scripts.folder), str(Path(__file__).parent.parent)])
+    assert "differs" in scripts.create(code=2, PYTHONPATH=path)
+
+
+def test_a_search_imports_only_what_it_needs(scripts: Scripts, birds: list[Path]) -> None:
+    model = averaging_model(scripts.folder / "model.onnx")
+    scripts.create("--model", model)
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, sep='\\n', file=open('modules', 'w')))"
+    (scripts.folder / "sitecustomize.py").write_text(code)
+    scripts.search(birds[0], PYTHONPATH=str(scripts.folder))
+    modules = set((scripts.folder / "modules").read_text().split())
+    assert {"imgbeddings", "onnxruntime", "numpy"} <= modules
+    assert not {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx"} & modules
+
+
+def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> None:
+    names = [
+        "plain",
+        "two words",
+        "quo\"te's",
+        "new\nline",
+        "🦅 émoji",
+        "<script>alert(1)",
+        "tab\tand\\back",
+        os.fsdecode(b"caf\xe9"),
+    ]
+    for seed, name in enumerate(names):
+        folder = scripts.folder / "images" / name
+        folder.mkdir(parents=True)
+        image((40, 30), seed).save(folder / "x.png")
+    assert counts(scripts.create()) == {"new": len(names)}
+    assert counts(scripts.create("--prune")) == {"unchanged": len(names)}
+    for name in names:
+        path = scripts.folder / "images" / name / "x.png"
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+        hit = scripts.search(path, "--desc", text)[0]["hits"]["hits"][0]
+        assert hit["fields"] == {"file_path": [f"./images/{text}/x.png"], "desc": [text]}
+        assert hit["_score"] == pytest.approx(1, abs=1e-5)
