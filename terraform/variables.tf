@@ -1,0 +1,170 @@
+# The three that terraform.tfvars must hold.
+
+variable "ibmcloud_api_key" {
+  description = "IBM Cloud API key with which Terraform provisions into your account."
+  type        = string
+  sensitive   = true
+  nullable    = false
+
+  validation {
+    condition     = trimspace(var.ibmcloud_api_key) != "" && !strcontains(var.ibmcloud_api_key, "<")
+    error_message = "Set ibmcloud_api_key to an IBM Cloud API key: Manage > Access (IAM) > API keys > Create."
+  }
+}
+
+variable "region" {
+  description = "IBM Cloud region of the database, for example us-south, eu-de or eu-gb."
+  type        = string
+  nullable    = false
+
+  validation {
+    condition     = can(regex("^[a-z]{2}-[a-z]+$", var.region))
+    error_message = "Set region to the name of an IBM Cloud region, such as us-south, us-east, eu-de, eu-gb or jp-tok (a zone such as us-south-1 is not a region)."
+  }
+}
+
+variable "elastic_password" {
+  description = "Password that you make up for the database's user admin."
+  type        = string
+  sensitive   = true
+  nullable    = false
+
+  validation {
+    condition     = length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
+    error_message = "elastic_password must have 15 to 72 characters."
+  }
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9][A-Za-z0-9_-]*$", var.elastic_password))
+    error_message = "elastic_password may have only letters A-Z and a-z, digits, - and _, and must not begin with - or _."
+  }
+
+  validation {
+    condition = alltrue([
+      can(regex("[a-z]", var.elastic_password)),
+      can(regex("[A-Z]", var.elastic_password)),
+      can(regex("[0-9]", var.elastic_password)),
+    ])
+    error_message = "elastic_password must have a lower-case letter, an upper-case letter and a digit."
+  }
+}
+
+# All else has a default: the smallest that does the job.
+
+variable "name" {
+  description = "Name of the database in your account."
+  type        = string
+  default     = "image-similarity-search"
+  nullable    = false
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9]([A-Za-z0-9 ._:-]*[A-Za-z0-9])?$", var.name)) && length(var.name) <= 180
+    error_message = "name must have at most 180 letters, digits, spaces and . _ : - and begin and end with a letter or digit."
+  }
+}
+
+variable "resource_group" {
+  description = "Name of an existing resource group for the database; null is the account's default group."
+  type        = string
+  default     = null
+
+  validation {
+    condition     = var.resource_group == null || try(trimspace(var.resource_group), "") != ""
+    error_message = "Set resource_group to the name of an existing resource group, or leave it out for the account's default one."
+  }
+}
+
+variable "plan" {
+  description = "Service plan: enterprise, or platinum, which costs more and adds Elastic's machine learning. Changing it replaces the database."
+  type        = string
+  default     = "enterprise"
+  nullable    = false
+
+  validation {
+    condition     = contains(["enterprise", "platinum"], var.plan)
+    error_message = "plan must be enterprise or platinum."
+  }
+}
+
+variable "elasticsearch_version" {
+  description = "Elasticsearch version, major.minor. search.py needs 8.18 or newer. Changing it upgrades the database in place."
+  type        = string
+  default     = "8.19"
+  nullable    = false
+
+  validation {
+    condition     = can(regex("^\\d+\\.\\d+$", var.elasticsearch_version))
+    error_message = "elasticsearch_version must be major.minor in quotes, for example \"8.19\"."
+  }
+
+  validation {
+    condition = !can(regex("^\\d+\\.\\d+$", var.elasticsearch_version)) || try(
+      tonumber(split(".", var.elasticsearch_version)[0]) > 8 ||
+      tonumber(split(".", var.elasticsearch_version)[0]) == 8 && tonumber(split(".", var.elasticsearch_version)[1]) >= 18,
+      false
+    )
+    error_message = "elasticsearch_version must be 8.18 or newer, as search.py needs it: IBM Cloud offers \"8.19\" and \"9.1\"."
+  }
+}
+
+variable "service_endpoints" {
+  description = "Where the database can be reached: public (the internet), private (IBM Cloud's network) or public-and-private. The outputs give the public address where there is one."
+  type        = string
+  default     = "public"
+  nullable    = false
+
+  validation {
+    condition     = contains(["public", "private", "public-and-private"], var.service_endpoints)
+    error_message = "service_endpoints must be public, private or public-and-private."
+  }
+}
+
+variable "host_flavor" {
+  description = "Size of the machines: multitenant (shared) or an isolated one such as b3c.4x16.encrypted; null leaves it to the service."
+  type        = string
+  default     = null
+
+  validation {
+    condition     = var.host_flavor == null || can(regex("^(multitenant|[a-z0-9]+\\.\\d+x\\d+(\\.encrypted)?)$", var.host_flavor))
+    error_message = "host_flavor must be multitenant or the name of an isolated flavor such as b3c.4x16.encrypted."
+  }
+}
+
+variable "member_memory_mb" {
+  description = "Memory of each of the three members in MB, on shared machines; null leaves it to the service."
+  type        = number
+  default     = null
+
+  validation {
+    condition     = var.member_memory_mb == null || try(var.member_memory_mb >= 4096 && floor(var.member_memory_mb) == var.member_memory_mb, false)
+    error_message = "member_memory_mb must be a whole number of at least 4096 (4 GB a member, the smallest shared size)."
+  }
+
+  validation {
+    condition     = var.member_memory_mb == null || var.host_flavor == null || var.host_flavor == "multitenant"
+    error_message = "member_memory_mb goes with shared machines: an isolated host_flavor brings its own memory. Leave out one of the two."
+  }
+}
+
+variable "member_disk_mb" {
+  description = "Disk of each of the three members in MB; null leaves it to the service. A size below what the disk has grown to blocks plan and destroy."
+  type        = number
+  default     = null
+
+  validation {
+    condition     = var.member_disk_mb == null || try(var.member_disk_mb >= 5120 && floor(var.member_disk_mb) == var.member_disk_mb, false)
+    error_message = "member_disk_mb must be a whole number of at least 5120 (5 GB a member, the smallest size)."
+  }
+}
+
+variable "tags" {
+  description = "Tags of the database in your account."
+  type        = set(string)
+  default     = []
+  nullable    = false
+
+  validation {
+    condition     = alltrue([for tag in var.tags : can(regex("^[A-Za-z0-9:_ .-]{1,128}$", tag))])
+    error_message = "Each of tags must have 1 to 128 letters, digits, spaces and : _ . -"
+  }
+}

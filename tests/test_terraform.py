@@ -1,0 +1,98 @@
+"""terraform/: formatted, valid, and its own tests pass, wherever Terraform and the provider can be had."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.server import ROOT
+
+FOLDER = ROOT / "terraform"
+THREE = {"ibmcloud_api_key", "region", "elastic_password"}
+
+
+def terraform(*arguments: str, folder: Path = FOLDER) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["terraform", f"-chdir={folder}", *arguments, "-no-color"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of terraform/ with the provider installed: the registry's, or that of `TERRAFORM_PLUGIN_DIR`."""
+    if not shutil.which("terraform"):
+        pytest.skip("there is no terraform on the PATH: install it (https://developer.hashicorp.com/terraform/install)")
+    copy = tmp_path_factory.mktemp("terraform") / "terraform"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars"))
+    plugins = os.environ.get("TERRAFORM_PLUGIN_DIR")
+    done = terraform(
+        "init", "-backend=false", "-input=false", *([f"-plugin-dir={plugins}"] if plugins else []), folder=copy
+    )
+    if done.returncode:
+        assert not plugins, done.stderr
+        why = re.search(r"Error: (.+)", done.stderr)
+        pytest.skip(
+            f"Terraform could not install the provider IBM-Cloud/ibm ({why[1] if why else done.returncode}):"
+            " go online, or set TERRAFORM_PLUGIN_DIR to a folder that has it"
+        )
+    return copy
+
+
+def test_it_is_formatted() -> None:
+    if not shutil.which("terraform"):
+        pytest.skip("there is no terraform on the PATH: install it (https://developer.hashicorp.com/terraform/install)")
+    done = terraform("fmt", "-check", "-recursive")
+    assert done.returncode == 0, done.stdout
+
+
+def test_it_is_valid(initialised: Path) -> None:
+    done = terraform("validate", folder=initialised)
+    assert done.returncode == 0, done.stderr
+
+
+def test_its_own_tests_pass(initialised: Path) -> None:
+    done = terraform("test", folder=initialised)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"Success! (\d+) passed, 0 failed", done.stdout)
+    assert passed
+    runs = sum(path.read_text().count('\nrun "') for path in FOLDER.glob("tests/*.tftest.hcl"))
+    assert int(passed[1]) == runs
+
+
+def test_a_wrong_password_fails_at_plan_time_in_words(initialised: Path) -> None:
+    variables = ["-var=ibmcloud_api_key=key", "-var=region=", "-var=elastic_password=hunter2-hunter2"]
+    done = terraform("plan", "-input=false", *variables, folder=initialised)
+    assert done.returncode == 1
+    assert "must have a lower-case letter, an upper-case letter and a digit" in " ".join(done.stderr.split())
+    assert "such as us-south, us-east, eu-de" in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_three_variables_are_enough_and_the_example_shows_them() -> None:
+    text = (FOLDER / "variables.tf").read_text()
+    blocks = re.findall(r'variable "(\w+)" \{\n(.*?)\n\}', text, re.DOTALL)
+    assert {name for name, body in blocks if "default " not in body} == THREE
+    assert all("description" in body and "validation {" in body for _, body in blocks)
+    example = (FOLDER / "terraform.tfvars.example").read_text()
+    assert set(re.findall(r"^(\w+) +=", example, re.MULTILINE)) == THREE
+
+
+def test_secrets_and_state_stay_out_of_git() -> None:
+    names = [
+        "terraform.tfvars",
+        "my.auto.tfvars",
+        "terraform.tfstate",
+        "terraform.tfstate.backup",
+        "plan.tfplan",
+        "ca.pem",
+    ]
+    paths = [f"terraform/{name}" for name in names]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == paths
+    assert "sensitive   = true" in (FOLDER / "outputs.tf").read_text()
