@@ -34,24 +34,12 @@ def test_every_requirement_is_pinned_and_the_tests_use_the_same_versions() -> No
 
 
 def test_the_lock_fits_what_it_was_compiled_from(tmp_path: Path) -> None:
+    surroundings = os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
     for name in ("requirements", "requirements-dev"):
         locked = ROOT / f"{name}.txt"
         copy = tmp_path / f"{name}.txt"
         copy.write_bytes(locked.read_bytes())
-        command = [
-            "uv",
-            "pip",
-            "compile",
-            "--universal",
-            "--python-version",
-            "3.11",
-            "--quiet",
-            f"{name}.in",
-            "-o",
-            copy,
-        ]
-        subprocess.run(
-            command, cwd=ROOT, check=True, env=os.environ | {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
-        )
+        command = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "--quiet"]
+        subprocess.run([*command, f"{name}.in", "-o", str(copy)], cwd=ROOT, check=True, env=surroundings)
         pins = [re.findall(r"^[^\s#].*$", path.read_text(), re.MULTILINE) for path in (locked, copy)]
         assert pins[0] == pins[1]
