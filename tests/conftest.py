@@ -1,9 +1,12 @@
 """What the tests share: a real Elasticsearch, the two scripts as a user runs them, small images and models."""
 
+import hashlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -167,3 +170,39 @@ def averaging_model(path: Path, scale: float = 1.0) -> Path:
     model.ir_version = 8
     path.write_bytes(model.SerializeToString())
     return path
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The one file of the hub, as the hub serves it: large-file headers, then the bytes."""
+
+    content = b""
+    promised = ""  # the SHA-256 that its header says
+    cut = 0  # bytes left out at the end
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path == "/minimaxir/imgbeddings/resolve/main/patch32_v1.onnx" else 404)
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", f'"{self.promised}"')
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content[: len(self.content) - self.cut])
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A hub on this machine with a small model; the environment in which scripts find it."""
+    content = averaging_model(tmp_path / "hub.onnx").read_bytes()
+    monkeypatch.setattr(Hub, "content", content)
+    monkeypatch.setattr(Hub, "promised", hashlib.sha256(content).hexdigest())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield environment(tmp_path) | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        server.shutdown()

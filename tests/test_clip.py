@@ -1,15 +1,11 @@
 """Embeddings are imgbeddings' own; its model comes from the hub, checked, or from a file."""
 
-import hashlib
-import http.server
 import io
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ from imagesearch import clip
 from imagesearch.errors import Misuse
 from imagesearch.files import read
 from imagesearch.models import DIMENSIONS, load_model
-from tests.conftest import averaging_model, environment, image
+from tests.conftest import Hub, averaging_model, environment, image
 from tests.server import ROOT
 
 
@@ -127,42 +123,6 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None
             load_model(str(other), threads=1)
     with pytest.raises(Misuse, match="no such file"):
         load_model(str(tmp_path / "missing.onnx"), threads=1)
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The one file of the hub, as the hub serves it: large-file headers, then the bytes."""
-
-    content = b""
-    promised = ""  # the SHA-256 that its header says
-    cut = 0  # bytes left out at the end
-
-    def do_HEAD(self) -> None:
-        self.send_response(200 if self.path == "/minimaxir/imgbeddings/resolve/main/patch32_v1.onnx" else 404)
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", f'"{self.promised}"')
-        self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.content[: len(self.content) - self.cut])
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A hub on this machine with a small model; the environment in which scripts find it."""
-    content = averaging_model(tmp_path / "hub.onnx").read_bytes()
-    monkeypatch.setattr(Hub, "content", content)
-    monkeypatch.setattr(Hub, "promised", hashlib.sha256(content).hexdigest())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield environment(tmp_path) | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
-        server.shutdown()
 
 
 def load_in_a_process(hub: dict[str, str], threads: str = "") -> "subprocess.CompletedProcess[str]":
