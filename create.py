@@ -26,32 +26,31 @@ PAGE = 1000  # files looked up in the index at once
 
 def main() -> int:
     arguments = parse()
-    report = Report()
-    with Interrupt() as interrupt:
+    report, interrupt = Report(), Interrupt()
 
-        def pause(seconds: float, why: str) -> bool:
-            report.say(why)
-            return interrupt.wait(seconds)
+    def pause(seconds: float, why: str) -> bool:
+        report.say(why)
+        return interrupt.wait(seconds)
 
-        with cli.open_index(arguments, pause, arguments.patience) as index:
-            check_folder(arguments.images)
-            made_by = index.model()
-            model = load_model(arguments.model, threads=1)
-            if made_by is None:
-                index.create(model.record)
-            else:
-                check_model(made_by, model.record, arguments)
-            with report:
-                if report.shown:
-                    report.expect(sum(1 for _ in quiet_walk(arguments.images)))
-                files = walk(arguments.images, report.pass_over, report.cannot_read)
-                changed = compare(interrupt.until(files), index, report)
-                documents = readable(embed(changed, model, workers=cores()), report)
-                for document in index.write(documents):
-                    report.wrote(document)
-                if arguments.prune and not interrupt.signal:
-                    report.deleted = prune(index, arguments.images)
-                index.refresh()
+    with cli.open_index(arguments, pause, arguments.patience) as index:
+        check_folder(arguments.images)
+        made_by = index.model()
+        model = load_model(arguments.model, threads=1)
+        if made_by is None:
+            index.create(model.record)
+        else:
+            check_model(made_by, model.record, arguments)
+        with interrupt, report:
+            if report.shown:
+                report.expect(sum(1 for _ in quiet_walk(arguments.images)))
+            files = walk(arguments.images, report.pass_over, report.cannot_read)
+            changed = compare(interrupt.until(files), index, report)
+            documents = readable(embed(changed, model, workers=cores()), report)
+            for document in index.write(documents):
+                report.wrote(document)
+            if arguments.prune and not interrupt.signal:
+                report.deleted = prune(index, arguments.images)
+            index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal
     return 1 if report.unreadable else 0

@@ -79,7 +79,8 @@ def address(text: str) -> SplitResult:
         valid = part.scheme in ("http", "https") and part.hostname and part.port != 0
     except ValueError:  # a port that is no number, brackets that do not match
         valid = False
-    if not valid or any(character.isspace() for character in text) or part.query or part.fragment:
+    # An @ behind the host belongs to a password with a slash in it, which would otherwise show as a path.
+    if not valid or any(character.isspace() for character in text) or part.query or part.fragment or "@" in part.path:
         raise Misuse(f"ES_URL is not an address of Elasticsearch. It must look like {SHAPE}.")
     return part
 

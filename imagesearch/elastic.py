@@ -1,6 +1,7 @@
 """The index on Elasticsearch: written with its Python client, searched with `requests`."""
 
 import functools
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -45,7 +46,11 @@ PROPERTIES = {
 
 
 class Busy(Exception):
-    """Elasticsearch cannot take something just now; the text says why."""
+    """Elasticsearch cannot take something just now; the text says why. `progress`: it has taken a part."""
+
+    def __init__(self, why: str, progress: bool = False) -> None:
+        super().__init__(why)
+        self.progress = progress
 
 
 class Elastic:
@@ -225,7 +230,8 @@ class Elastic:
             if not passing(result["status"], result["error"]):
                 raise Failure(f"Elasticsearch refuses documents: {explained(result)}. {remedy(result)}")
         if refused:
-            raise Busy(f"it has no room for {len(refused)} documents now ({explained(refused[0])})")
+            why = f"it has no room for {len(refused)} documents now ({explained(refused[0])})"
+            raise Busy(why, progress=len(refused) < len(actions))
 
     def action(self, document: Document) -> dict[str, Any]:
         """The bulk action that brings the index up to date with `document`."""
@@ -285,6 +291,8 @@ class Elastic:
                 return call()
             except Busy as error:
                 why = str(error)
+                if error.progress:
+                    waited, delay = 0.0, 1.0
             except Away as error:
                 if "TlsError" in type(error).__name__:
                     raise Misuse(untrusted(self.connection.place, error)) from None
@@ -320,7 +328,7 @@ def explained(answer: dict[str, Any]) -> str:
     while isinstance(error, dict) and isinstance(error.get("caused_by"), dict):
         error = error["caused_by"]
     text = f"{error.get('type')}: {error.get('reason')}" if isinstance(error, dict) else str(error)
-    return " ".join(text.split()).rstrip(".")
+    return textwrap.shorten(text, 200, placeholder="…").rstrip(".")
 
 
 def remedy(answer: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a run of create.py shows: the bar, a line for each unreadable file, the summary; and how it is stopped."""
 
+import os
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from imagesearch.cli import say
 from imagesearch.embed import Document
+from imagesearch.errors import Failure
 from imagesearch.files import shown
 
 Item = TypeVar("Item")
@@ -101,13 +103,17 @@ class Interrupt:
         self.before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and isinstance(error, Failure):  # a wait that was cut short
+            error.exit_code = 128 + self.signal
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self.stopped.set()
+        # Not print, which may be what the signal has interrupted.
+        os.write(2, b"\nInterrupted: writing what is embedded. Once more ends at once.\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

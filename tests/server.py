@@ -89,10 +89,12 @@ class Node:
 class Cluster:
     """Nodes of one Elasticsearch on this machine. Use as a context manager: it starts, stops and cleans up."""
 
-    def __init__(self, release: str = "8.19.9", size: int = 1, memory: str = "512m") -> None:
+    def __init__(self, release: str = "8.19.9", size: int = 1, memory: str = "512m", **settings: object) -> None:
+        """`settings` are more of Elasticsearch's own, with `__` for each dot of their names."""
         self.java = java_home(21 if release.startswith("9") else 17)
         zipped = distribution(release)
         self.memory = memory
+        self.settings = {name.replace("__", "."): value for name, value in settings.items()}
         self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-test-"))
         self.nodes = [Node(self.folder / f"node-{number}") for number in range(size)]
         with zipfile.ZipFile(zipped) as archive:
@@ -161,6 +163,7 @@ class Cluster:
             "transport.port": node.transport,
             "cluster.routing.allocation.disk.threshold_enabled": "false",  # the disk may be nearly full here
             "xpack.security.enabled": "true",
+            **self.settings,
             "xpack.security.authc.api_key.enabled": "true",
         }
         for layer in ("http", "transport"):

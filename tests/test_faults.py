@@ -1,0 +1,414 @@
+"""Whatever happens to the server, the process or the disk: nothing is lost, and what is reported is true."""
+
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Picture, Scripts, Server, environment, unavailable
+from tests.server import ROOT, Cluster, Unavailable
+from tests.test_scripts import counts
+
+MANY = 3000
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `images/`: thousands of small pictures in ten classes."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(MANY):
+        path = folder / "images" / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        color = (number % 256, number // 256 * 16, 99)
+        Image.new("RGB", (4, 4), color).save(path)
+    return folder
+
+
+def cluster(size: int, **settings: object) -> Iterator[Cluster]:
+    try:
+        nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
+    except Unavailable as why:
+        unavailable(str(why))
+    with nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def fragile() -> Iterator[Cluster]:
+    """A server to kill; it takes one bulk at a time for one shard and lets one more wait."""
+    yield from cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Cluster]:
+    """Three nodes."""
+    yield from cluster(3)
+
+
+def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
+    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
+
+
+def count(scripts: Scripts, refresh: bool = True) -> int:
+    """How many documents the index has; 0 before there is one."""
+    server = Server(scripts.environment["ES_URL"], scripts.environment["ES_CA_CERT"])
+    try:
+        if refresh:
+            server.request("POST", f"{scripts.index}/_refresh")
+        return int(server.request("GET", f"{scripts.index}/_count")["count"])
+    except AssertionError:
+        return 0
+
+
+def rows(path: Path) -> int:
+    """How many documents the local file has; 0 before there is one."""
+    if not path.exists():
+        return 0
+    database = sqlite3.connect(path)
+    try:
+        return int(database.execute("SELECT count(*) FROM documents").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        database.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end(process: "subprocess.Popen[str]", seconds: float = 180) -> tuple[int, str]:
+    """Waits for a script; its exit code and stderr."""
+    _, stderr = process.communicate(timeout=seconds)
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr
+
+
+# The server
+
+
+def test_a_server_that_is_killed_and_comes_back_is_waited_for(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    process = scripts.start("create.py", "--model", "thumbnail")
+    wait_until(lambda: count(scripts) > 200)
+    fragile.kill(fragile.nodes[0])
+    time.sleep(3)
+    fragile.start(fragile.nodes[0])
+    code, stderr = end(process)
+    assert code == 0, stderr
+    assert "no answer from https://localhost" in stderr and "trying again in" in stderr
+    assert counts(stderr) == {"new": MANY}
+    assert count(scripts) == MANY
+    fragile.wait()
+
+
+def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
+    fragile: Cluster, many: Path, tmp_path: Path
+) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    process = scripts.start("create.py", "--model", "thumbnail", "--patience", "2")
+    wait_until(lambda: count(scripts) > 200)
+    fragile.kill(fragile.nodes[0])
+    code, stderr = end(process)
+    assert code == 1
+    assert re.search(r"Gave up on Elasticsearch after [23] s of waiting: .*Run this again", stderr)
+    written = counts(stderr)["new"]
+    fragile.start(fragile.nodes[0])
+    fragile.wait()
+    wait_until(lambda: count(scripts) >= written)
+    before = count(scripts)
+    assert written <= before < MANY  # the last bulk may have arrived without its answer
+    assert counts(scripts.create()) == {"new": MANY - before, "unchanged": before}
+    assert count(scripts) == MANY
+
+
+def test_documents_that_are_rejected_for_now_are_sent_again(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    server = Server(fragile.url, str(fragile.ca))
+    template = {"index_patterns": [scripts.index], "template": {"settings": {"number_of_shards": 3}}}
+    server.request("PUT", "_index_template/many-shards", template)
+    stderr = scripts.create("--images", "images/1")
+    server.request("DELETE", "_index_template/many-shards")
+    assert "it has no room for" in stderr and "es_rejected_execution_exception" in stderr
+    assert counts(stderr) == {"new": MANY // 10}
+    assert count(scripts) == MANY // 10
+
+
+@pytest.mark.parametrize("block", ["read_only_allow_delete", "write"])
+def test_a_blocked_index_ends_the_run_at_once(block: str, elastic: Scripts, server: Server, picture: Picture) -> None:
+    picture("images/a.png")
+    elastic.create()
+    server.request("PUT", f"{elastic.index}/_settings", {f"index.blocks.{block}": True})
+    picture("images/b.png")
+    started = time.monotonic()
+    stderr = elastic.create(code=1)
+    assert time.monotonic() - started < 10
+    assert counts(stderr) == {"unchanged": 1}
+    assert stderr.count("create.py:") == 1
+    assert "cluster_block_exception" in stderr and "lift the index's block" in stderr
+    server.request("PUT", f"{elastic.index}/_settings", {f"index.blocks.{block}": None})
+    assert counts(elastic.create()) == {"new": 1, "unchanged": 1}
+
+
+def test_a_cluster_that_loses_a_node_loses_nothing(
+    three: Cluster, many: Path, tmp_path: Path, picture: Picture
+) -> None:
+    scripts = scripts_on(three, many, tmp_path)
+    lost = three.nodes[0]  # the first address, and where the first request goes
+    try:
+        process = scripts.start("create.py", "--model", "thumbnail")
+        survivor = scripts_on(three, many, tmp_path)
+        survivor.index = scripts.index
+        survivor.environment["ES_URL"] = ",".join(three.url.split(",")[1:])
+        wait_until(lambda: count(survivor) > 200)
+        three.kill(lost)
+        code, stderr = end(process)
+        assert code == 0, stderr
+        assert counts(stderr) == {"new": MANY}
+        assert count(survivor) == MANY
+
+        query = many / "images" / "7" / "7.png"
+        response = scripts.search(query)[0]  # its first address is the lost node's
+        assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7/7.png"]
+        assert response["_shards"]["failed"] == 0
+        alone = scripts.run("search.py", query, ES_URL=three.url.split(",")[0])
+        assert alone.returncode == 2 and "No Elasticsearch answers" in alone.stderr
+    finally:
+        if not lost.process:
+            three.start(lost)
+            three.wait()
+
+
+def test_searches_go_on_while_a_node_is_lost(three: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(three, many, tmp_path)
+    scripts.create("--images", "images/3")
+    queries = sorted((many / "images" / "3").iterdir())
+    process = scripts.start("search.py", *queries)
+    assert process.stdout
+    lines = [process.stdout.readline() for _ in range(20)]
+    three.kill(three.nodes[0])
+    rest, stderr = process.communicate(timeout=120)
+    three.start(three.nodes[0])
+    three.wait()
+    assert process.returncode == 0, stderr
+    found = [json.loads(line)["hits"]["hits"][0]["_score"] for line in [*lines, *rest.splitlines()]]
+    assert len(found) == len(queries)
+    assert min(found) > 0.99999
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """A server that is no Elasticsearch, or stands before one."""
+
+    answers: ClassVar[dict[str, tuple[int, str, bytes]]] = {
+        "page": (200, "text/html", b"<html><body>It works!</body></html>"),
+        "gateway": (502, "text/html", b"<html><body>Bad gateway</body></html>"),
+        "empty": (200, "application/json", b""),
+        "other": (200, "application/json", b'{"hello": "world"}'),
+        "list": (200, "application/json", b"[]"),
+        "login": (302, "text/html", b""),
+    }
+
+    def answer(self) -> None:
+        status, kind, body = self.answers[self.path.split("/")[1]]
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("kind", sorted(Stranger.answers))
+def test_what_is_no_elasticsearch_is_said_in_a_line(kind: str, local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        url = f"http://admin:hunter2@127.0.0.1:{stranger.server_port}/{kind}"
+        for arguments in (("create.py", "--model", "thumbnail"), ("search.py", path)):
+            done = local.run(*arguments, ES_URL=url)
+            assert done.returncode == 2
+            assert re.fullmatch(r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n", done.stderr), done.stderr
+            assert "hunter2" not in done.stderr
+        stranger.shutdown()
+
+
+# The process
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_the_truth_and_the_next_goes_on(
+    signal_: signal.Signals, code: int, scripts: Scripts, many: Path
+) -> None:
+    scripts.folder, home = many, scripts.folder
+    arguments = ("--model", "thumbnail", "--db", home / "index.db")
+    process = scripts.start("create.py", *arguments)
+    wait_until(lambda: (count(scripts) if "ES_URL" in scripts.environment else rows(home / "index.db")) > 0)
+    process.send_signal(signal_)
+    ended, stderr = end(process, seconds=20)
+    written = counts(stderr).get("new", 0)
+    if written == MANY:
+        pytest.skip("this machine was done before it could be interrupted")
+    assert ended == code, stderr
+    assert counts(scripts.create(*arguments)) == {"new": MANY - written} | ({"unchanged": written} if written else {})
+
+
+def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    process = scripts.start("create.py", "--model", "thumbnail")
+    wait_until(lambda: count(scripts) > 200)
+    assert fragile.nodes[0].process
+    os.killpg(fragile.nodes[0].process.pid, signal.SIGSTOP)  # it takes connections and says nothing
+    try:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None  # the answer to what it has sent is waited for
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=3) == -signal.SIGINT  # which a shell shows as 130
+    finally:
+        os.killpg(fragile.nodes[0].process.pid, signal.SIGCONT)
+
+
+def test_an_interruption_ends_the_wait_for_a_server(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    process = scripts.start("create.py", "--model", "thumbnail")
+    wait_until(lambda: count(scripts) > 200)
+    fragile.kill(fragile.nodes[0])
+    try:
+        time.sleep(5)  # it waits 1 s, then 2, then 4
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        code, stderr = end(process)
+        assert code == 130, stderr
+        assert time.monotonic() - started < 3
+        assert 200 < counts(stderr)["new"] < MANY
+    finally:
+        fragile.start(fragile.nodes[0])
+        fragile.wait()
+
+
+def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
+    local.folder, home = many, local.folder
+    arguments = ("--model", "thumbnail", "--db", home / "index.db")
+    chance = random.Random(5)
+    for _ in range(5):
+        process = local.start("create.py", *arguments)
+        time.sleep(0.4 + chance.random())
+        process.kill()
+        process.wait()
+        if (home / "index.db").exists():
+            database = sqlite3.connect(home / "index.db")
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            database.close()
+    local.create(*arguments)
+    assert counts(local.create(*arguments)) == {"unchanged": MANY}
+    for number in (0, 1234, MANY - 1):
+        path = f"./images/{number % 10}/{number}.png"
+        hits = local.search(path, "--db", home / "index.db")[0]["hits"]
+        assert hits["hits"][0]["fields"]["file_path"] == [path]
+
+
+def test_two_runs_at_once_end_well(scripts: Scripts, many: Path) -> None:
+    scripts.folder, home = many, scripts.folder
+    arguments = ("--model", "thumbnail", "--db", home / "index.db")
+    processes = [scripts.start("create.py", *arguments) for _ in range(2)]
+    for code, stderr in map(end, processes):
+        assert code == 0, stderr
+        assert sum(counts(stderr).values()) == MANY
+    assert counts(scripts.create(*arguments)) == {"unchanged": MANY}
+
+
+# The disk
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database at all, but long enough to have a header" * 100, b"SQLite format 3\0" * 300]
+)
+def test_a_file_that_is_no_index_is_refused_and_left_alone(content: bytes, local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    path = local.folder / "imagesearch.db"
+    path.write_bytes(content)
+    done = local.run("search.py", "images/a.png")
+    for stderr in (local.create(code=2), done.stderr):
+        assert "not an SQLite file, or damaged" in stderr.splitlines()[1] and stderr.count("\n") == 2
+    assert done.returncode == 2
+    assert path.read_bytes() == content
+
+
+def test_somebody_elses_database_is_refused_and_left_alone(local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    path = local.folder / "imagesearch.db"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE notes (text)")
+    database.close()
+    content = path.read_bytes()
+    assert "not an index made by create.py" in local.create(code=2)
+    assert path.read_bytes() == content
+    assert "cannot be read or written" in local.create("--db", local.folder, code=1)
+
+
+def test_a_truncated_index_is_said_in_a_line(local: Scripts, picture: Picture) -> None:
+    for number in range(300):
+        picture(f"images/{number}.png", size=(8, 8), seed=number)
+    local.create()
+    path = local.folder / "imagesearch.db"
+    content = path.read_bytes()
+    for part in (2, 3, 10):
+        path.write_bytes(content[: len(content) // part])
+        done = local.run("search.py", "images/1.png")
+        assert done.returncode == 2, done.stderr
+        assert "not an SQLite file, or damaged" in done.stderr
+        assert path.read_bytes() == content[: len(content) // part]
+
+
+def test_an_empty_file_becomes_an_index(local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    (local.folder / "imagesearch.db").touch()
+    assert local.run("search.py", "images/a.png").returncode == 2
+    assert counts(local.create()) == {"new": 1}
+
+
+def test_a_full_disk_is_said_in_a_line_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
+    local.folder, home = many, local.folder
+    arguments = ("--model", "thumbnail", "--db", home / "index.db", "--index", local.index)
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20));"
+    limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limited, str(ROOT / "create.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        cwd=many,
+        env=local.environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"create.py: \S+ cannot be read or written: .*(full|I/O error).* Run this again", done.stderr)
+    written = counts(done.stderr).get("new", 0)
+    assert 0 < written < MANY
+    assert counts(local.create(*arguments)) == {"new": MANY - written, "unchanged": written}
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_in_a_line(local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    assert "cannot be read or written" in local.create("--db", "/nowhere/index.db", code=1)
