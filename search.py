@@ -3,16 +3,20 @@
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
 from imagesearch import cli
 from imagesearch.embed import Unreadable, cores, embed
-from imagesearch.errors import Misuse
-from imagesearch.files import File, shown
+from imagesearch.errors import Failure, Misuse
+from imagesearch.files import File, reason, shown
 from imagesearch.models import Model, ModelRecord, load_model
 
 EXAMPLES = """\
   python3 search.py myimage.jpg                    the nearest image
   python3 search.py -k 10 --desc Bald_Eagle a.jpg  the ten nearest in one class
+  python3 search.py -k 12 --html results.html a.jpg
+                                                   a page of the twelve nearest
   python3 search.py *.jpg | jq '.hits.hits[0].fields.file_path[0]'
 """
 
@@ -21,6 +25,7 @@ GREATEST_K = 10_000  # Elasticsearch's limit on num_candidates and on the size o
 
 def main() -> int:
     arguments = parse()
+    answers = []
     code = 0
     with cli.open_index(arguments, lambda seconds, why: False, 0) as index:
         made_by = index.model()
@@ -46,6 +51,9 @@ def main() -> int:
                 cli.say("Warning: a part of the index did not answer: there may be nearer images.")
                 code = 1
             print(json.dumps(response), flush=True)
+            answers.append((query.file.path, response))
+    if arguments.html:
+        write_html(arguments.html, answers)
     return code
 
 
@@ -54,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="an image file to search for")
     parser.add_argument("-k", metavar="N", type=neighbours, default=1, help="how many nearest images (default: 1)")
     parser.add_argument("--desc", metavar="NAME", help="search only images of this class, the name of their folder")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the results as a page to look at, too")
     parser.add_argument(
         "--model", metavar="FILE", help="where the index's ONNX model is, if not where create.py found it"
     )
@@ -84,6 +93,17 @@ def load(made_by: ModelRecord, name: str | None, threads: int) -> Model:
             " give that model with --model FILE, or make an index with this one."
         )
     return model
+
+
+def write_html(path: Path, answers: list[tuple[str, dict[str, Any]]]) -> None:
+    """Writes the page of results. Raises Failure where that cannot be."""
+    from imagesearch.gallery import write_page
+
+    try:
+        write_page(path, answers)
+    except OSError as error:
+        raise Failure(f"{shown(str(path))} cannot be written: {reason(error)}. Give another file to --html.") from None
+    cli.say(f"The page of results is {shown(str(path))}.")
 
 
 if __name__ == "__main__":

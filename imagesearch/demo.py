@@ -20,7 +20,7 @@ from imagesearch.files import shown
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
-INDEXED, HELD_OUT = 500, 50
+INDEXED, HELD_OUT, SHOWN = 500, 50, 5
 SIDE = 128
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     nearest = [json.loads(line)["hits"]["hits"][0]["fields"]["desc"][0] for line in lines]
     found = sum(desc == Path(query).stem.split("-")[0] for query, desc in zip(queries, nearest, strict=True))
     print(f"\n{found} of {len(queries)} held-out digits found one of their own class nearest, with --model {model}.")
-    print(f"The pictures are in {shown(os.path.relpath(FOLDER))}. Now put your own into images/ and run create.py.")
+    run("search.py", "-k", "12", "--html", "results.html", *queries[:SHOWN])
+    print(f"Look at {shown(os.path.relpath(FOLDER / 'results.html'))}, then put your own pictures into images/.")
 
 
 def write_digits() -> list[str]:
@@ -66,7 +67,7 @@ def choose_model() -> str:
 
 def run(script: str, *arguments: str) -> str:
     """Runs a script in the demo's folder, on the local index, saying so as a shell would; its stdout."""
-    few = [*arguments[:3], "…"] if len(arguments) > 3 else arguments
+    few = [*arguments[:5], "…"] if len(arguments) > 5 else arguments
     print("$ python3", script, *few, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "ES_URL"}
     command = [sys.executable, str(ROOT / script), *arguments]

@@ -20,6 +20,8 @@ def test_make_demo_says_what_it_does_and_leaves_the_users_files_alone(tmp_path: 
     assert 40 <= int(found[1]) < 50  # 8 by 8 pixels and no learning: good, not perfect
     assert "500 new" in done.stderr
     assert (ROOT / "build" / "demo" / "imagesearch.db").exists()
+    assert "Look at build/demo/results.html" in done.stdout
+    assert (ROOT / "build" / "demo" / "results.html").read_text().count("<li>") == 5 * 12
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

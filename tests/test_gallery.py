@@ -1,0 +1,207 @@
+"""The page of results, in a real browser: it renders, asks nobody for anything, and escapes what it shows."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from imagesearch import gallery
+from imagesearch.files import File
+from tests.conftest import Picture, Scripts, image
+from tests.server import ROOT
+
+ODD = ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "two words & more", "new\nline", "émoji 🦅 100% #1?"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def answer(paths: list[Path | str]) -> dict[str, Any]:
+    """A response with these files as hits."""
+    files = [File(str(path), 0, 0) for path in paths]
+    fields = [{"file_path": [file.file_path], "desc": [file.desc]} for file in files]
+    return {"hits": {"hits": [{"_score": 1 - 0.01 * n, "fields": field} for n, field in enumerate(fields)]}}
+
+
+@pytest.fixture
+def page_file(tmp_path: Path, picture: Picture) -> Path:
+    """A page with two queries and odd names, a file that is gone and one that is damaged."""
+    hits: list[Path | str] = [picture(f"images/{name}/{n}.jpg", size=(640, 400 + n)) for n, name in enumerate(ODD)]
+    raw = os.fsdecode(os.fsencode(tmp_path) + b"/images/caf\xe9.jpg")
+    image((300, 300), 1).save(raw)
+    (tmp_path / "images" / "damaged.jpg").write_bytes(b"no image")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    query = picture("query.jpg", size=(900, 500), exif=exif)
+    page = tmp_path / "pages" / "results.html"
+    page.parent.mkdir()
+    more: list[Path | str] = [raw, tmp_path / "images" / "gone.jpg", tmp_path / "images" / "damaged.jpg"]
+    gallery.write_page(page, [(str(query), answer([*hits, *more])), (str(hits[0]), answer([query]))])
+    return page
+
+
+def opened(browser: Browser, path: Path, width: int = 1280, scheme: Any = "light") -> tuple[Page, list[str]]:
+    """The page as the browser shows it, and whatever it complained of or asked for."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    noise: list[str] = []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("dialog", lambda dialog: noise.append(dialog.message))
+    page.on("request", lambda request: noise.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(path.as_uri())
+    assert noise.pop(0) == path.as_uri()
+    return page, noise
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_renders_without_a_word_or_a_request(width: int, scheme: str, browser: Browser, page_file: Path) -> None:
+    page, noise = opened(browser, page_file, width, scheme)
+    assert noise == []
+    sizes = page.eval_on_selector_all("img", "all => all.map(i => [i.complete, i.naturalWidth, i.naturalHeight])")
+    assert len(sizes) == 9  # two queries, five odd names, one that is no UTF-8, one in the second section
+    assert all(complete and 0 < max(w, h) <= 320 for complete, w, h in sizes)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    columns = page.eval_on_selector("ol", "list => getComputedStyle(list).gridTemplateColumns.split(' ').length")
+    assert columns == (2 if width == 390 else 5)
+    background = page.eval_on_selector("body", "body => getComputedStyle(body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 26)"}[scheme]
+
+
+def test_text_is_text_whatever_it_holds(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    assert page.locator("script").count() == 0
+    classes = [text.strip() for text in page.locator("section:first-of-type li strong").all_text_contents()]
+    assert classes == [*ODD, "images", "images", "images"]
+    assert "caf\\xe9.jpg" in page.locator("body").inner_text()
+
+
+def test_the_policy_forbids_scripts(browser: Browser, page_file: Path) -> None:
+    page, noise = opened(browser, page_file)
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
+    )
+    page.evaluate("new Image().src = 'http://127.0.0.1:9/pixel'")
+    assert page.evaluate("window.ran") is None
+    assert sum("Content Security Policy" in line for line in noise) == 2
+
+
+def test_files_that_are_gone_or_damaged_have_a_box_that_says_so(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    assert page.locator(".gone").all_text_contents() == ["gone.jpg is gone", "damaged.jpg cannot be read"]
+
+
+def test_pictures_lead_to_their_originals(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    links = page.eval_on_selector_all("a", "all => all.map(a => a.href)")
+    paths = [os.fsencode(unquote(urlsplit(link).path, errors="surrogateescape")) for link in links]
+    assert len(paths) == 9
+    assert all(os.path.exists(path) for path in paths)
+    page.locator("a").first.click()
+    assert page.url.endswith("/query.jpg")
+
+
+def test_it_can_be_heard_and_used_without_a_mouse(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    assert page.locator("html").get_attribute("lang") == "en"
+    assert page.get_by_role("main").count() == page.get_by_role("heading", level=1).count() == 1
+    assert page.get_by_role("region", name="Nearest to query.jpg").count() == 1
+    assert all(page.eval_on_selector_all("img", "all => all.map(i => i.alt)"))
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "A"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_contrast_enough(scheme: str) -> None:
+    """WCAG 2.2, 1.4.3: at least 4.5 to 1, on the paper and on the cards."""
+    light, dark = gallery.STYLE.split("@media (prefers-color-scheme: dark)")[:2]
+    colors = dict(re.findall(r"--(\w+): #([0-9a-f]+);", light if scheme == "light" else dark))
+
+    def luminance(name: str) -> float:
+        digits = colors[name] if len(colors[name]) == 6 else "".join(digit * 2 for digit in colors[name])
+        parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for ink in ("ink", "soft"):
+        for paper in ("paper", "card"):
+            low, high = sorted((luminance(ink), luminance(paper)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image((640, 400), 1).save(tmp_path / "a.jpg", exif=exif)
+    thumbnail = Image.open(io.BytesIO(gallery.thumbnail(str(tmp_path / "a.jpg"))))
+    assert thumbnail.format == "WEBP"
+    assert thumbnail.size == (200, 320)
+
+
+def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    paths: list[Path | str] = [tmp_path / f"{number}.jpg" for number in range(100)]
+    for number, path in enumerate(paths):
+        if number < 2:
+            Image.fromarray(load_sample_images().images[number]).resize((4000, 3000)).save(path, quality=90)
+        else:
+            shutil.copy(paths[number % 2], path)
+    page = tmp_path / "results.html"
+    started = time.monotonic()
+    gallery.write_page(page, [(str(paths[0]), answer(paths))])
+    assert time.monotonic() - started < 4  # two seconds on two idle cores; a shared machine gets twice that
+    assert page.stat().st_size < 3_000_000
+
+
+def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Picture, browser: Browser) -> None:
+    for number in range(30):
+        picture(f"images/{number % 3}/{number}.png", seed=number)
+    scripts.create()
+    queries = [picture("a.png", seed=3), picture("b.png", seed=4)]
+    done = scripts.run("search.py", *queries, "-k", 12, "--html", "my results.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 2
+    assert "The page of results is 'my results.html'." in done.stderr
+    page, noise = opened(browser, scripts.folder / "my results.html")
+    assert noise == []
+    assert page.locator("section").count() == 2
+    assert page.locator("li img").count() == 24
+    done = scripts.run("search.py", queries[0], "--html", "missing/results.html")
+    assert done.returncode == 1
+    assert done.stdout.count("\n") == 1
+    assert "--html" in done.stderr
+
+
+def test_a_reader_who_goes_is_no_traceback(local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    local.create()
+    script = f"{sys.executable} {ROOT / 'search.py'} --index {local.index} {path} {path} {path} | head -c 1; echo"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=local.folder, env=local.environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr.count("\n") == 1  # which index is used
