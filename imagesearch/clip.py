@@ -52,18 +52,9 @@ def import_imgbeddings() -> Any:
     return imgbeddings
 
 
-def normalised() -> NDArray[np.float32]:
-    """CLIP's normalisation as a table, shape (3, 256): the input of each channel's 8-bit values.
-
-    The arithmetic, its order and types are transformers' own (`CLIPImageProcessor`), to the last bit.
-    """
-    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # transformers.image_utils.OPENAI_CLIP_MEAN
-    deviation = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)  # OPENAI_CLIP_STD
-    rescaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    return (rescaled - mean[:, None]) / deviation[:, None]
-
-
-NORMALISED = normalised()
+# Of each channel: transformers.image_utils.OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
 
 
 class Clip(import_imgbeddings()):  # type: ignore[misc]
@@ -93,9 +84,15 @@ class Clip(import_imgbeddings()):  # type: ignore[misc]
         return np.asarray(narrow.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
     def process_inputs(self, inputs: list[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
-        """Arrays from `pixels` as the model's input `pixel_values`, shape (n, 3, 224, 224)."""
-        batch = np.stack(inputs)
-        return {"pixel_values": np.stack([NORMALISED[c][batch[..., c]] for c in range(3)], axis=1)}
+        """Arrays from `pixels` as the model's input `pixel_values`, shape (n, 3, 224, 224).
+
+        For all 256 values the result is transformers' own (`CLIPImageProcessor`), to the last bit.
+        """
+        values = np.stack(inputs).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        values /= np.float32(255)
+        values -= MEAN
+        values /= DEVIATION
+        return {"pixel_values": values}
 
     def embed(self, batch: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         embeddings: NDArray[np.float32] = self.create_embeddings(self.process_inputs(batch))

