@@ -29,13 +29,13 @@ from sklearn.datasets import load_sample_images
 
 from imagesearch import clip
 from imagesearch.connection import connection
-from imagesearch.elastic import Elastic
+from imagesearch.elastic import PROPERTIES, Elastic
 from imagesearch.embed import Document, Loaded, batched, cores, load
 from imagesearch.files import File, walk
 from imagesearch.index import Index
 from imagesearch.int8 import exact_int8
 from imagesearch.local import Local
-from imagesearch.models import ModelRecord
+from imagesearch.models import DIMENSIONS, ModelRecord
 from tests.benchmark.standin import build, build_processor
 from tests.benchmark.tutorial import load as load_as_tutorial
 from tests.server import ROOT, Cluster
@@ -197,11 +197,11 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
         cpu = server_cpu() - cpu
         share = cpu / (done.seconds * cores())
         beside = f"; the server used {100 * share:.0f}% of the CPU" if environment else ""
+        rest = f" ({100 * best / done.seconds / (1 - share):.0f}% of what it left)" if environment else ""
         yield Row(
             f"create.py, 1,000 JPEGs of 500×375, {name}: {done.seconds:.1f} s, ideal {best:.1f} s"
             f" (embedding {embedding:.0f}/s, decoding {decoding:.0f}/s){beside}",
-            f"{100 * best / done.seconds:.0f}%"
-            + (f", {100 * best / done.seconds / (1 - share):.0f}% of the rest" if share else ""),
+            f"{100 * best / done.seconds:.0f}%{rest}",
             "≥ 90%",
         )
         yield Row(f"create.py, peak memory, {name}", f"{done.peak:.0f} MB", "< 600 MB")
@@ -287,8 +287,11 @@ def unchanged(elastic: dict[str, str]) -> Iterator[Row]:
             path.write_bytes(content)
     place = connection(elastic, insecure=False)
     assert place
-    settings = {"index_patterns": ["tiny"], "template": {"settings": {"refresh_interval": "-1"}}}  # filled faster
-    Elastic(place, "tiny", lambda *_: False, 0).client.indices.put_index_template(name="tiny", **settings)
+    # No graph for Elasticsearch to build while it is filled: a look-up does not touch it.
+    flat = PROPERTIES | {"embeddings": {"type": "dense_vector", "dims": DIMENSIONS, "index": False}}
+    meta = vars(ModelRecord("thumbnail"))
+    with Elastic(place, "tiny", lambda *_: False, 0) as empty:
+        empty.client.indices.create(index="tiny", mappings={"_meta": meta, "properties": flat})
     with ExitStack() as stack:
         indices: dict[str, Index] = {
             "local": Local(FOLDER / "tiny.db", "tiny"),
@@ -340,7 +343,7 @@ def scan() -> Iterator[Row]:
             numbers = range(written, size)
             written += sum(1 for _ in index.write(numbered(numbers, random)))
             matrix = random.standard_normal((size, 768), np.float32)
-            product = min(timed(lambda matrix=matrix: matrix @ query) for _ in range(3))
+            product = min(timed(functools.partial(np.matmul, matrix, query)) for _ in range(3))
             raw = FOLDER / "raw"
             matrix.tofile(raw)
             del matrix
