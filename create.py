@@ -3,7 +3,9 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from imagesearch import cli
 from imagesearch.embed import Document, Stored, Unreadable, batched, cores, embed
@@ -42,14 +44,15 @@ def main() -> int:
             check_model(made_by, model.record, arguments)
         with interrupt, report:
             if report.shown:
-                report.expect(sum(1 for _ in quiet_walk(arguments.images)))
+                report.expect(sum(1 for file in quiet_walk(arguments.images) if arguments.part.has(file.id)))
             files = walk(arguments.images, report.pass_over, report.cannot_read)
-            changed = compare(interrupt.until(files), index, report)
+            ours = (file for file in interrupt.until(files) if arguments.part.has(file.id))
+            changed = compare(ours, index, report)
             documents = readable(embed(changed, model, workers=cores()), report)
             for document in index.write(documents):
                 report.wrote(document)
             if arguments.prune and not interrupt.signal:
-                report.deleted = prune(index, arguments.images)
+                report.deleted = prune(index, arguments.images, arguments.part)
             index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal
@@ -70,6 +73,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prune", action="store_true", help="delete the documents below DIR whose files are gone")
     parser.add_argument(
+        "--part",
+        metavar="I/N",
+        type=part,
+        default=Part(1, 1),
+        help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
+    )
+    parser.add_argument(
         "--patience",
         metavar="SECONDS",
         type=float,
@@ -78,6 +88,26 @@ def parse() -> argparse.Namespace:
     )
     parser.add_index_options()
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The `number`-th of `of` parts of the images; together they are all, and no image is in two."""
+
+    number: int
+    of: int
+
+    def has(self, name: str) -> bool:
+        """Whether the document with this `_id`, a SHA-256 in hex, is in this part."""
+        return int(name[:16], 16) % self.of == self.number - 1
+
+
+def part(text: str) -> Part:
+    """The part that `2/5` names."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError("must be I/N with I from 1 to N, for example 2/5")
+    return Part(int(found[1]), int(found[2]))
 
 
 def quiet_walk(folder: str) -> Iterator[File]:
@@ -127,10 +157,10 @@ def readable(results: Iterable[Document | Unreadable], report: Report) -> Iterat
             report.cannot_read(result.path, result.reason)
 
 
-def prune(index: Index, folder: str) -> int:
-    """Deletes the documents below `folder` whose files are gone; gives how many."""
+def prune(index: Index, folder: str, part: Part) -> int:
+    """Deletes the documents of `part` below `folder` whose files are gone; gives how many."""
     return sum(
-        index.delete([name for name, file_path in page if gone(local_path(file_path))])
+        index.delete([name for name, file_path in page if part.has(name) and gone(local_path(file_path))])
         for page in batched(index.paths(folder), PAGE)
     )
 
