@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint benchmark readme pin clean
+.PHONY: help demo test lint benchmark neighbours readme pin clean
 
 help:
 	@echo 'make demo       index and search a sample set of pictures, in build/demo'
 	@echo 'make test       run the tests, with a real Elasticsearch (needs Maven and a JDK 17 or newer)'
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
+	@echo 'make neighbours measure recall and loads on a real Elasticsearch, and write build/neighbours.md'
 	@echo 'make readme     write the option lists of the README from --help'
 	@echo 'make pin        compile requirements*.in to requirements*.txt, every version pinned'
 	@echo 'make clean      remove .venv and build'
@@ -26,6 +27,9 @@ lint: .venv/installed-dev
 
 benchmark: .venv/installed-dev
 	$(BIN)/python -m tests.benchmark
+
+neighbours: .venv/installed-dev
+	$(BIN)/python -m tests.benchmark.neighbours
 
 readme: .venv/installed-dev
 	$(BIN)/python -m tests.readme
