@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from imagesearch import cli
 from imagesearch.embed import Document, Stored, Unreadable, batched, cores, embed
 from imagesearch.errors import Misuse
-from imagesearch.files import File, clean, local_path, reason, shown, walk
+from imagesearch.files import File, as_text, clean, local_path, reason, shown, walk
 from imagesearch.index import Index
 from imagesearch.models import ModelRecord, load_model
 from imagesearch.report import Interrupt, Report
@@ -36,19 +36,20 @@ def main() -> int:
 
     with cli.open_index(arguments, pause, arguments.patience) as index:
         check_folder(arguments.images)
-        made_by = index.model()
+        exists = index.model() is not None  # asked before CLIP is downloaded, to fail sooner
         model = load_model(arguments.model, threads=1)
-        if made_by is None:
+        if not exists:
             index.create(model.record)
-        else:
-            check_model(made_by, model.record, arguments)
+        check_model(index.model(), model.record, arguments)  # another run may have created it meanwhile
         with interrupt, report:
             if report.shown:
-                report.expect(sum(1 for file in quiet_walk(arguments.images) if arguments.part.has(file.id)))
+                everything = interrupt.until(quiet_walk(arguments.images))
+                report.expect(sum(1 for file in everything if arguments.part.has(file.id)))
             files = walk(arguments.images, report.pass_over, report.cannot_read)
             ours = (file for file in interrupt.until(files) if arguments.part.has(file.id))
+            index.refresh()  # what a run that was killed has written is not to be embedded again
             changed = compare(ours, index, report)
-            documents = readable(embed(changed, model, workers=cores()), report)
+            documents = readable(embed(interrupt.until(changed), model, workers=cores()), report)
             for document in index.write(documents):
                 report.wrote(document)
             if arguments.prune and not interrupt.signal:
@@ -82,12 +83,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--patience",
         metavar="SECONDS",
-        type=float,
+        type=seconds,
         default=120,
         help="how long to wait for an Elasticsearch that goes away during the run (default: 120)",
     )
     parser.add_index_options()
     return parser.parse_args()
+
+
+def seconds(text: str) -> float:
+    """A number of seconds for --patience."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number of seconds")
+    return value
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,9 @@ def check_folder(folder: str) -> None:
         raise Misuse(f"There are no images below {shown(folder)}. Put some there, or name their folder with --images.")
 
 
-def check_model(made_by: ModelRecord, model: ModelRecord, arguments: argparse.Namespace) -> None:
+def check_model(made_by: ModelRecord | None, model: ModelRecord, arguments: argparse.Namespace) -> None:
     """Raises Misuse where the index was made by another model: the two kinds of embedding cannot be compared."""
-    if not made_by.same_as(model):
+    if made_by and not made_by.same_as(model):
         raise Misuse(
             f"The index {arguments.index} was made with --model {shown(made_by.model)}, which differs from"
             f" {shown(model.model)}: use the same model, or another index with --index."
@@ -161,7 +170,7 @@ def prune(index: Index, folder: str, part: Part) -> int:
     """Deletes the documents of `part` below `folder` whose files are gone; gives how many."""
     return sum(
         index.delete([name for name, file_path in page if part.has(name) and gone(local_path(file_path))])
-        for page in batched(index.paths(folder), PAGE)
+        for page in batched(index.paths(as_text(folder)), PAGE)
     )
 
 

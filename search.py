@@ -9,7 +9,7 @@ from typing import Any
 from imagesearch import cli
 from imagesearch.embed import Unreadable, cores, embed
 from imagesearch.errors import Failure, Misuse
-from imagesearch.files import File, reason, shown
+from imagesearch.files import File, as_text, reason, shown
 from imagesearch.models import Model, ModelRecord, load_model
 
 EXAMPLES = """\
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="an image file to search for")
     parser.add_argument("-k", metavar="N", type=neighbours, default=1, help="how many nearest images (default: 1)")
-    parser.add_argument("--desc", metavar="NAME", help="search only images of this class, the name of their folder")
+    parser.add_argument("--desc", metavar="NAME", type=as_text, help="search only images of this class (their folder)")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the results as a page to look at, too")
     parser.add_argument(
         "--model", metavar="FILE", help="where the index's ONNX model is, if not where create.py found it"

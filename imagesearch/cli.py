@@ -97,7 +97,10 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = failure.exit_code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read stdout has gone, as `| head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of stdout: a full disk, or whoever read it has gone, as `| head -1` does
         code = 141
+        if not isinstance(error, BrokenPipeError):
+            say(f"{program}: the results cannot be written: {error.strerror}.")
+            code = Failure.exit_code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -104,36 +104,52 @@ def load(name: str, path: Path, threads: int) -> Clip:
 
     Raises Misuse for a file that is not such a model.
     """
-    sha256 = model_sha256(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # its errors are raised; its warnings are for developers of models
     try:
-        session = onnxruntime.InferenceSession(
-            str(exact_int8(path, sha256)), options, providers=["CPUExecutionProvider"]
-        )
-        inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
-        outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
+        sha256 = model_sha256(path)
+        session = open_session(path, exact_int8(path, sha256), options)
     except Exception as error:  # Onnx Runtime's own exceptions share no other base class
         raise Misuse(f"{path} is not an ONNX model that can be run: {' '.join(str(error).split())}") from None
+    inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
+    outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
     if inputs != [("pixel_values", "tensor(float)", [3, SIDE, SIDE])]:
         raise Misuse(
             f"{path}: its input must be pixel_values (n, 3, {SIDE}, {SIDE}) float32, as imgbeddings' model has it."
         )
     if ("embeddings", "tensor(float)", [DIMENSIONS]) not in outputs:
         raise Misuse(f"{path}: its output must be embeddings (n, {DIMENSIONS}) float32, as imgbeddings' model has it.")
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        raise Misuse(f"{path}: its number of images is fixed; it must be free, as imgbeddings' model has it.")
     model = Clip(model_path=str(path))
     model.session = session
     model.record = ModelRecord(name, sha256)
     return model
 
 
+def open_session(path: Path, rewritten: Path, options: Any) -> Any:
+    """A session on the rewritten model, or on `path` itself where that was damaged since it was written."""
+    if rewritten != path:
+        try:
+            return onnxruntime.InferenceSession(str(rewritten), options, providers=["CPUExecutionProvider"])
+        except Exception:
+            rewritten.unlink(missing_ok=True)  # the next run makes it again
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def hub_file() -> Path:
     """The file of imgbeddings' model, downloaded with progress where it is not in the hub's cache yet.
 
-    Raises Misuse where the hub does not answer within about ten seconds.
+    Raises Misuse where the hub does not answer within about ten seconds, or the file is damaged.
     """
-    return cached_hub_file() or download()
+    path = cached_hub_file() or download()
+    # The cache keeps a large file under its SHA-256, and links to it; the hash is remembered (`model_sha256`).
+    promised = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    if len(promised) == 64 and model_sha256(path) != promised:
+        path.resolve().unlink()
+        raise Misuse("The download of CLIP was damaged on its way: run this again.")
+    return path
 
 
 def cached_hub_file() -> Path | None:
@@ -155,21 +171,15 @@ def cached_hub_file() -> Path | None:
 
 
 def download() -> Path:
-    """Downloads the model into the hub's cache and checks its hash. Raises Misuse where that fails."""
+    """Downloads the model into the hub's cache. Raises Misuse where that fails."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
         # Asked first, since hf_hub_download alone tries for minutes where nothing answers.
-        remote = get_hf_file_metadata(hf_hub_url(HUB_REPOSITORY, HUB_FILE), timeout=HUB_SECONDS)
-        path = Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
+        get_hf_file_metadata(hf_hub_url(HUB_REPOSITORY, HUB_FILE), timeout=HUB_SECONDS)
+        return Path(hf_hub_download(HUB_REPOSITORY, HUB_FILE))
     except Exception as error:  # of the hub's, of its HTTP client's, of the file system's
         raise Misuse(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): go online once and run"
             " this again, or use --model FILE (an ONNX file with imgbeddings' input and output) or --model thumbnail."
         ) from None
-    if (
-        remote.etag and len(remote.etag) == 64 and model_sha256(path) != remote.etag
-    ):  # a large file's etag is its SHA-256
-        path.resolve().unlink()
-        raise Misuse("The download of CLIP was damaged on its way: run this again.")
-    return path

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from imagesearch.errors import Misuse
+from imagesearch.files import shown
 
 SHAPE = "https://user:password@host:port, with special characters percent-encoded"
 
@@ -32,7 +33,7 @@ class Connection:
         if self.api_key:
             return {"Authorization": f"ApiKey {self.api_key}"}
         if self.user:
-            return {"Authorization": "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()}
+            return {"Authorization": "Basic " + base64.b64encode(os.fsencode(f"{self.user}:{self.password}")).decode()}
         return {}
 
     @property
@@ -98,7 +99,8 @@ def certificate(path: str | None) -> str | None:
     try:
         ssl.create_default_context(cafile=os.path.expanduser(path))
     except ssl.SSLError:
-        raise Misuse(f"ES_CA_CERT={path} is not a file of PEM certificates.") from None
+        raise Misuse(f"ES_CA_CERT must name a file of PEM certificates: {shown(path)[:200]} is none.") from None
     except OSError as error:
-        raise Misuse(f"ES_CA_CERT={path} cannot be read: {error.strerror}.") from None
+        why = f"{shown(path)[:200]} cannot be read ({error.strerror})"
+        raise Misuse(f"ES_CA_CERT must name a file of PEM certificates: {why}.") from None
     return os.path.expanduser(path)

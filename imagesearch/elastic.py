@@ -2,9 +2,11 @@
 
 import functools
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import requests
@@ -65,6 +67,7 @@ class Elastic:
         self.name = name
         self.pause = pause
         self.patience = patience
+        self.urls = list(connection.urls)
 
     def __enter__(self) -> Self:
         return self
@@ -110,13 +113,14 @@ class Elastic:
 
         Raises Misuse where no node answers, or something answers that is not this user's Elasticsearch.
         """
-        for url in self.connection.urls:
+        for url in self.urls:
             try:
                 response = self.session.request(method, f"{url}/{path}", json=body, timeout=(10, SECONDS))
+                self.urls.sort(key=lambda other: other != url)  # the next request goes there first
                 break
-            except requests.exceptions.SSLError as error:
-                raise Misuse(untrusted(url, error)) from None
-            except requests.exceptions.RequestException as error:
+            except (requests.exceptions.RequestException, ValueError) as error:  # ValueError: no such host name
+                if distrusts(error):
+                    raise Misuse(untrusted(url, error)) from None
                 unanswered = f"No Elasticsearch answers at {self.connection.place}: {innermost(error)}."
         else:
             raise Misuse(f"{unanswered} Check ES_URL and that the server runs.")
@@ -136,7 +140,7 @@ class Elastic:
 
     def model(self) -> ModelRecord | None:
         """See `Index.model`. Raises Misuse for an index that this project did not make."""
-        status, answer = self.ask("GET", f"{self.name}/_mapping")
+        status, answer = self.ask("GET", f"{quote(self.name)}/_mapping")
         if status == 404:
             return None
         if status != 200:
@@ -201,29 +205,34 @@ class Elastic:
 
     def write(self, documents: Iterable[Document]) -> Iterator[Document]:
         for bulk in batched(documents, BULK):
-            waiting = {document.file.id: document for document in bulk}
+            waiting = {document.file.id: self.action(document) for document in bulk}
+            missing: set[str] = set()
             failure: Failure | None = None
             try:
-                self.patiently(functools.partial(self.send, waiting))
+                self.patiently(functools.partial(self.send, waiting, missing))
             except Failure as error:
                 failure = error
-            yield from (document for document in bulk if document.file.id not in waiting)
+            undone = waiting.keys() | missing
+            yield from (document for document in bulk if document.file.id not in undone)
             if failure:
                 raise failure
 
-    def send(self, waiting: dict[str, Document]) -> None:
-        """Sends one bulk request, and takes from `waiting` what Elasticsearch has stored.
+    def send(self, waiting: dict[str, dict[str, Any]], missing: set[str]) -> None:
+        """Sends these bulk actions, by `_id`, and takes from `waiting` what Elasticsearch has done.
 
-        Raises Busy where it has rejected some for now, Failure where it has for good.
+        What another run has deleted meanwhile goes to `missing`. Raises Busy where Elasticsearch has
+        rejected some for now, Failure where it has for good.
         """
         from elasticsearch.helpers import streaming_bulk
 
         refused: list[dict[str, Any]] = []
-        actions = [self.action(document) for document in waiting.values()]
+        actions = list(waiting.values())
         for accepted, item in streaming_bulk(self.client, actions, chunk_size=len(actions), raise_on_error=False):
             result = next(iter(item.values()))
-            if accepted:
+            if accepted or result["status"] == 404:
                 del waiting[result["_id"]]
+                if not accepted:
+                    missing.add(result["_id"])
             else:
                 refused.append(result)
         for result in refused:
@@ -248,11 +257,11 @@ class Elastic:
         return {"_op_type": "index", "_index": self.name, "_id": file.id, "_source": body}
 
     def delete(self, ids: Sequence[str]) -> int:
-        from elasticsearch.helpers import bulk
-
-        actions = [{"_op_type": "delete", "_index": self.name, "_id": name} for name in ids]
-        deleted, _ = self.patiently(lambda: bulk(self.client, actions, raise_on_error=False, stats_only=True))
-        return deleted
+        waiting = {name: {"_op_type": "delete", "_index": self.name, "_id": name} for name in ids}
+        missing: set[str] = set()
+        if waiting:
+            self.patiently(lambda: self.send(waiting, missing))
+        return len(ids) - len(missing)
 
     def refresh(self) -> None:
         self.patiently(lambda: self.client.indices.refresh(index=self.name))
@@ -268,7 +277,7 @@ class Elastic:
         if desc is not None:
             knn["filter"] = {"term": {"desc": desc}}
         status, answer = self.ask(
-            "POST", f"{self.name}/_search", {"knn": knn, "size": k, "_source": False, "fields": FIELDS}
+            "POST", f"{quote(self.name)}/_search", {"knn": knn, "size": k, "_source": False, "fields": FIELDS}
         )
         if status == 200:
             return answer
@@ -282,19 +291,19 @@ class Elastic:
 
         Raises Failure when it stays so, when the run is to end, and for what no wait will mend.
         """
-        from elasticsearch import ApiError, TransportError
+        from elasticsearch import ApiError, ConnectionTimeout, TransportError
         from elasticsearch import ConnectionError as Away
 
-        waited, delay = 0.0, 1.0
+        since, delay = time.monotonic(), 1.0
         while True:
             try:
                 return call()
             except Busy as error:
                 why = str(error)
                 if error.progress:
-                    waited, delay = 0.0, 1.0
-            except Away as error:
-                if "TlsError" in type(error).__name__:
+                    since, delay = time.monotonic(), 1.0
+            except (Away, ConnectionTimeout) as error:
+                if distrusts(error):
                     raise Misuse(untrusted(self.connection.place, error)) from None
                 why = f"no answer from {self.connection.place} ({innermost(error)})"
             except ApiError as error:
@@ -308,11 +317,10 @@ class Elastic:
                 raise Failure(
                     f"{self.connection.place} does not answer as Elasticsearch does: {innermost(error)}."
                 ) from None
+            waited = time.monotonic() - since
             if waited >= self.patience or not self.pause(delay, f"Elasticsearch: {why}; trying again in {delay:g} s"):
-                raise Failure(
-                    f"Gave up on Elasticsearch after {waited:g} s of waiting: {why}. Run this again to go on from here."
-                )
-            waited += delay
+                gave_up = f"Gave up on Elasticsearch after {waited:.0f} s of waiting: {why}."
+                raise Failure(f"{gave_up} Run this again to go on from here.")
             delay = min(2 * delay, 16.0)
 
 
@@ -345,6 +353,11 @@ def remedy(answer: dict[str, Any]) -> str:
 def locked_out(place: str) -> str:
     """What HTTP 401 means."""
     return f"{place} refuses the user or password in ES_URL, or the key in ES_API_KEY (HTTP 401)."
+
+
+def distrusts(error: Exception) -> bool:
+    """Whether a network error is about the certificate, and not about a connection that broke."""
+    return "certificate verify failed" in str(error).lower()
 
 
 def untrusted(place: str, error: Exception) -> str:

@@ -139,8 +139,16 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def cores() -> int:
     """How many CPUs this process may use: its affinity and its cgroup's quota, not the machine's size."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    root = Path("/sys/fs/cgroup")
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except OSError:
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+        group = root / Path("/proc/self/cgroup").read_text().split("::/")[1].strip()
+    except (OSError, IndexError):
+        group = root
+    for folder in (group, *group.parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except OSError:
+            continue
+        if quota != "max":
+            count = max(1, min(count, int(quota) // int(period)))
+    return count

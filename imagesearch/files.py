@@ -47,7 +47,7 @@ class File:
     @property
     def file_path(self) -> str:
         """The path as the index has it: text, where a byte that is no UTF-8 reads `\\xff`."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return as_text(self.path)
 
     @property
     def id(self) -> str:
@@ -59,6 +59,11 @@ class File:
         """The name of the folder that the image is in: its class."""
         folder = os.path.dirname(self.file_path)
         return os.path.basename(os.path.abspath(folder) if folder in (".", "..") else folder)
+
+
+def as_text(name: str) -> str:
+    """A name of the operating system as text, where a byte that is no UTF-8 reads `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def local_path(file_path: str) -> str:

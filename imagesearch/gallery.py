@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from imagesearch.embed import cores
-from imagesearch.files import local_path, read
+from imagesearch.files import as_text, local_path, read
 
 SIDE = 320  # pixels of a thumbnail's longer side, at most
 QUALITY = 75
@@ -133,4 +133,4 @@ def thumbnail(path: str) -> bytes:
 
 def text(value: str) -> str:
     """`value` as HTML that shows it; what is no character, as in a name that is no UTF-8, as `\\xff`."""
-    return html.escape(os.fsencode(value).decode("utf-8", "backslashreplace"))
+    return html.escape(as_text(value))

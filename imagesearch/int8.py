@@ -35,7 +35,7 @@ def exact_int8(path: Path, sha256: str) -> Path:
                 if temporary.stat().st_size:
                     optimise(temporary)
         fits = rewritten.stat().st_size > 0
-    except OSError:  # no cache folder to write to, or no room in it
+    except Exception:  # no cache folder to write to or no room in it, which Onnx Runtime words in its own way
         return path
     return rewritten if fits and multiplies_exactly(probe) else path
 

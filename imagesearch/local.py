@@ -1,6 +1,7 @@
 """The same index in one SQLite file, searched by an exact scan."""
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +51,7 @@ class Local:
         self.database: sqlite3.Connection | None = None
 
     def __enter__(self) -> Self:
-        if self.path.exists():
+        if os.path.exists(self.path):
             self.open()
         return self
 
@@ -138,18 +139,16 @@ class Local:
     def write(self, documents: Iterable[Document]) -> Iterator[Document]:
         for bulk in batched(documents, BULK):
             with self.transaction():
-                count = self.count()
-                for document in bulk:
-                    count = max(count, self.put(document, count))
-            yield from bulk
+                written = [document for document in bulk if self.put(document)]
+            yield from written
 
-    def put(self, document: Document, free: int) -> int:
-        """Writes one document, a new one into the slot `free`; gives the number of the slot after its own."""
+    def put(self, document: Document) -> bool:
+        """Writes one document, a new one into the first free slot; False where there is none to bring up to date."""
         assert self.database
         file = document.file
         row = self.row("SELECT slot FROM documents WHERE indices = ? AND id = ?", self.number, file.id)
-        slot = row[0] if row else free
         if document.embedding is not None:
+            slot = row[0] if row else self.count()
             self.database.execute(
                 "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (self.number, file.id, slot, file.file_path, file.desc, file.size, file.mtime, document.sha256),
@@ -160,8 +159,8 @@ class Local:
             query = "UPDATE documents SET size = ?, mtime = ? WHERE indices = ? AND id = ?"
             self.database.execute(query, (file.size, file.mtime, self.number, file.id))
         else:  # deleted by another run since this one looked: the next one embeds it
-            return free
-        return slot + 1
+            return False
+        return True
 
     @contextmanager
     def embedding(self, slot: int) -> Iterator[sqlite3.Blob]:

@@ -1,5 +1,6 @@
 """The models that make embeddings, by the name or file that `--model` gives."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagesearch.errors import Misuse
+from imagesearch.files import shown
 
 DIMENSIONS = 768
 
@@ -77,6 +79,6 @@ def load_model(name: str, threads: int) -> Model:
     if name == "clip":
         return clip.load(name, clip.hub_file(), threads)
     path = Path(name).absolute()
-    if not path.is_file():
-        raise Misuse(f"--model {name}: no such file. Give an ONNX file, clip or thumbnail.")
+    if not os.path.isfile(path):
+        raise Misuse(f"--model {shown(name)}: no such file. Give an ONNX file, clip or thumbnail.")
     return clip.load(str(path), path, threads)

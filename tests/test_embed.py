@@ -212,7 +212,14 @@ def test_batches_are_full_but_for_the_last() -> None:
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     for quota, expected in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
-        monkeypatch.setattr(Path, "read_text", lambda _, quota=quota: quota)
+        files = {"/proc/self/cgroup": "0::/user/app\n", "/sys/fs/cgroup/user/cpu.max": quota}
+
+        def read_text(path: Path, files: dict[str, str] = files) -> str:
+            if str(path) not in files:
+                raise FileNotFoundError
+            return files[str(path)]
+
+        monkeypatch.setattr(Path, "read_text", read_text)
         assert cores() == expected
 
 

@@ -15,10 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Picture, Scripts, Server, environment, unavailable
+from imagesearch import elastic as elastic_module
+from imagesearch.connection import connection
+from imagesearch.elastic import Elastic
+from imagesearch.embed import Document, Stored
+from imagesearch.files import File
+from imagesearch.index import Index
+from imagesearch.local import Local
+from imagesearch.models import ModelRecord
+from tests.conftest import Picture, Scripts, Server, averaging_model, environment, unavailable
 from tests.server import ROOT, Cluster, Unavailable
 from tests.test_scripts import counts
 
@@ -150,6 +159,62 @@ def test_documents_that_are_rejected_for_now_are_sent_again(fragile: Cluster, ma
     assert count(scripts) == MANY // 10
 
 
+def test_a_server_that_says_nothing_is_waited_for(
+    fragile: Cluster, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that runs into its time limit is sent again, as one that finds no server is."""
+    monkeypatch.setattr(elastic_module, "SECONDS", 1)
+    process = fragile.nodes[0].process
+    place = connection({"ES_URL": fragile.url, "ES_CA_CERT": str(fragile.ca)}, insecure=False)
+    assert process
+    assert place
+    heard = []
+
+    def pause(seconds: float, why: str) -> bool:
+        heard.append(why)
+        os.killpg(process.pid, signal.SIGCONT)
+        return True
+
+    with Elastic(place, "test-silent", pause, patience=30) as index:
+        index.create(ModelRecord("thumbnail"))
+        index.refresh()
+        document = Document(File(str(picture("a.png")), 1, 1), None, "0" * 64, np.ones(768, np.float32))
+        os.killpg(process.pid, signal.SIGSTOP)
+        assert list(index.write([document])) == [document]
+        assert "no answer from" in heard[0]
+
+
+def test_a_document_that_another_run_has_deleted_is_not_said_to_be_there(scripts: Scripts, picture: Picture) -> None:
+    place = connection(scripts.environment, insecure=False)
+    index: Index = (
+        Elastic(place, scripts.index, lambda *_: False, 0) if place else Local(scripts.folder / "x.db", scripts.index)
+    )
+    file = File(str(picture("a.png")), 1, 1)
+    with index:
+        index.create(ModelRecord("thumbnail"))
+        assert list(index.write([Document(file, Stored(1, 1, "0" * 64), "0" * 64, None)])) == []
+        assert index.delete([file.id]) == 0
+
+
+def test_an_index_that_another_run_has_just_made_with_another_model_is_refused(
+    scripts: Scripts, picture: Picture
+) -> None:
+    """Two runs begin on no index; the other model's run is the first to create it."""
+    picture("images/a.png")
+    scripts.create()
+    (scripts.folder / "sitecustomize.py").write_text(
+        "import imagesearch.elastic as e, imagesearch.local as l\n"
+        "for kind in (e.Elastic, l.Local):\n"
+        "    def model(self, original=kind.model, asked=[]):\n"
+        "        asked.append(1)\n"
+        "        return original(self) if len(asked) > 1 else None\n"
+        "    kind.model = model\n"
+    )
+    model = averaging_model(scripts.folder / "model.onnx")
+    path = os.pathsep.join([str(scripts.folder), str(ROOT)])
+    assert "made with --model thumbnail" in scripts.create("--model", model, code=2, PYTHONPATH=path)
+
+
 @pytest.mark.parametrize("block", ["read_only_allow_delete", "write"])
 def test_a_blocked_index_ends_the_run_at_once(block: str, elastic: Scripts, server: Server, picture: Picture) -> None:
     picture("images/a.png")
@@ -249,6 +314,17 @@ def test_what_is_no_elasticsearch_is_said_in_a_line(kind: str, local: Scripts, p
             assert re.fullmatch(r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n", done.stderr), done.stderr
             assert "hunter2" not in done.stderr
         stranger.shutdown()
+
+
+def test_deletions_that_are_refused_are_not_said_to_be_done(elastic: Scripts, server: Server, picture: Picture) -> None:
+    picture("images/a.png")
+    gone = picture("images/b.png")
+    elastic.create()
+    gone.unlink()
+    server.request("PUT", f"{elastic.index}/_settings", {"index.blocks.write": True})
+    stderr = elastic.create("--prune", code=1)
+    assert counts(stderr) == {"unchanged": 1}
+    assert "cluster_block_exception" in stderr
 
 
 # The process

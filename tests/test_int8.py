@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from imagesearch import int8
 from imagesearch.cache import cache_folder
 from imagesearch.int8 import exact_int8, multiplies_exactly, rewrite, write_probe
+from imagesearch.models import load_model
 from tests.benchmark.standin import build
 from tests.conftest import averaging_model
 
@@ -100,6 +101,19 @@ def test_a_damaged_probe_proves_nothing(standin: Path) -> None:
     exact_int8(standin, "hash")
     (cache_folder() / "probe.onnx").write_bytes(b"damaged")
     assert exact_int8(standin, "hash") == standin
+
+
+def test_a_rewritten_model_that_is_damaged_is_made_again(standin: Path, tmp_path: Path) -> None:
+    require_exact_kernel(tmp_path)
+    model = tmp_path / "clip.onnx"
+    model.write_bytes(standin.read_bytes())
+    record = load_model(str(model), threads=1).record
+    rewritten = exact_int8(model, record.sha256)
+    rewritten.write_bytes(b"damaged")
+    assert load_model(str(model), threads=1).record == record
+    assert not rewritten.exists()
+    load_model(str(model), threads=1)
+    assert rewritten.stat().st_size > 1_000_000
 
 
 def test_a_model_that_does_not_fit_is_used_as_it_is(tmp_path: Path) -> None:

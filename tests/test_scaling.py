@@ -11,7 +11,7 @@ from tests.test_scripts import counts
 def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture) -> None:
     for number in range(60):
         picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
-    new = [counts(scripts.create("--part", f"{part}/4"))["new"] for part in (3, 1, 4, 2, 1)[:4]]
+    new = [counts(scripts.create("--part", f"{part}/4"))["new"] for part in (3, 1, 4, 2)]
     assert sum(new) == 60  # each image was new to one part only
     assert min(new) >= 5
     assert counts(scripts.create("--part", "2/4")) == {"unchanged": new[3]}
@@ -44,10 +44,8 @@ def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, picture: Picture) 
 def test_a_part_that_is_none_is_refused(part: str, local: Scripts) -> None:
     done = local.run("create.py", f"--part={part}")
     assert done.returncode == 2
-    assert done.stderr == f"create.py: argument --part: must be I/N with I from 1 to N, for example 2/5. {SEE}\n"
-
-
-SEE = "See create.py --help."
+    assert done.stderr.startswith("create.py: argument --part: must be I/N with I from 1 to N, for example 2/5.")
+    assert done.stderr.count("\n") == 1
 
 
 def test_shards_and_replicas_come_from_an_index_template(elastic: Scripts, server: Server, picture: Picture) -> None:

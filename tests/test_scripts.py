@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +18,7 @@ import trustme
 from PIL import Image
 
 from tests.conftest import Picture, Scripts, Server, averaging_model, image
+from tests.server import ROOT
 
 COUNTS = re.compile(
     r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated, (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted,"
@@ -228,6 +231,72 @@ def test_no_images_is_said_in_a_line(local: Scripts) -> None:
     assert not (local.folder / "imagesearch.db").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search.py", "a.png", "-k", "0"),
+        ("search.py", "a.png", "-k", "20000"),
+        ("search.py", "a.png", "-k", "ten"),
+        ("search.py",),
+        ("create.py", "--patience", "nan"),
+        ("create.py", "--patience", "soon"),
+        ("create.py", "--imag", "x"),
+        ("create.py", "--model", "missing.onnx"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    done = local.run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(rf"(Using .*\n)?{arguments[0]}: .+\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("name", ["Images", "a b", "-a", "_a", ".a", "..", "a/b", "a*", "a,b", "a#", "", "x" * 256])
+def test_index_names_that_elasticsearch_refuses_are_refused_by_both(
+    name: str, local: Scripts, picture: Picture
+) -> None:
+    picture("images/a.png")
+    local.index = name
+    for script in ("create.py", "search.py"):
+        done = local.run(script, *(["images/a.png"] if script == "search.py" else []))
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_greatest_k_is_taken(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    assert len(scripts.search(birds[0], "-k", 10_000)[0]["hits"]["hits"]) == 31
+
+
+def test_a_folder_whose_name_is_no_utf8_can_be_indexed_pruned_and_searched(scripts: Scripts) -> None:
+    folder = os.fsdecode(b"caf\xe9")
+    (scripts.folder / folder).mkdir()
+    for seed in range(3):
+        image((30, 30), seed).save(scripts.folder / folder / f"{seed}.png")
+    assert counts(scripts.create("--images", folder)) == {"new": 3}
+    (scripts.folder / folder / "0.png").unlink()
+    assert counts(scripts.create("--images", folder, "--prune")) == {"unchanged": 2, "deleted": 1}
+    assert len(scripts.search(f"{folder}/1.png", "-k", 9, "--desc", folder)[0]["hits"]["hits"]) == 2
+
+
+def test_results_that_cannot_be_written_are_said_in_a_line(local: Scripts, birds: list[Path]) -> None:
+    local.create()
+    command = [sys.executable, str(ROOT / "search.py"), str(birds[0]), "--index", local.index]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command,
+            cwd=local.folder,
+            env=local.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["search.py: the results cannot be written: No space left on device."]
+
+
 # Elasticsearch alone
 
 
@@ -250,6 +319,10 @@ def test_a_wrong_password_is_one_line(elastic: Scripts, birds: list[Path]) -> No
     assert "password" in one_line(elastic, birds, ES_URL=url)
     url = re.sub("admin:[^@]*@", "", elastic.environment["ES_URL"])
     assert "key" in one_line(elastic, birds, ES_URL=url, ES_API_KEY="hunter2")
+
+
+def test_a_host_that_cannot_be_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
+    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@a..b:9200")
 
 
 def test_a_wrong_ca_is_one_line(elastic: Scripts, birds: list[Path]) -> None:

@@ -191,6 +191,7 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
     best = PHOTOGRAPHS / embedding + PHOTOGRAPHS / decoding + start
     arguments = ("--images", "small", "--model", MODEL)
     script("create.py", *arguments, "--db", "warm.db")  # rewrites the model
+    peak = 0.0
     for name, environment in (("local", {}), ("Elasticsearch", elastic)):
         cpu = server_cpu()
         done = script("create.py", *arguments, "--db", "create.db", "--index", "create", **environment)
@@ -204,6 +205,7 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
             f"{100 * best / done.seconds:.0f}%{rest}",
             "≥ 90%",
         )
+        peak = peak or done.peak
         yield Row(f"create.py, peak memory, {name}", f"{done.peak:.0f} MB", "< 600 MB")
     done = script("create.py", "--images", "large", "--model", MODEL, "--db", "large.db")
     theirs = load_as_tutorial(str(MODEL))
@@ -223,13 +225,10 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
     if not ten.exists():
         for number in range(10):
             shutil.copytree(SMALL, ten / str(number), copy_function=os.link)
-    peaks = [
-        script("create.py", "--images", folder, "--model", "thumbnail", "--db", f"{folder}.db").peak
-        for folder in ("small", "ten")
-    ]
+    more = script("create.py", "--images", "ten", "--model", MODEL, "--db", "ten.db").peak
     yield Row(
-        f"create.py, peak memory, 1,000 and 10,000 images: {peaks[0]:.0f} and {peaks[1]:.0f} MB",
-        f"{peaks[1] / peaks[0]:.2f}×",
+        f"create.py, peak memory, 1,000 and 10,000 JPEGs of 500×375, local: {peak:.0f} and {more:.0f} MB",
+        f"{more / peak:.2f}×",
         "≤ 1.10×",
     )
 
