@@ -1,13 +1,16 @@
 """create.py and search.py as a user runs them, on the local file and on a real Elasticsearch over TLS."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 from typing import ClassVar
@@ -295,6 +298,25 @@ def test_results_that_cannot_be_written_are_said_in_a_line(local: Scripts, birds
         )
     assert done.returncode == 1
     assert done.stderr.splitlines()[1:] == ["search.py: the results cannot be written: No space left on device."]
+
+
+def test_a_terminal_shows_a_bar(local: Scripts, birds: list[Path]) -> None:
+    birds[0].write_bytes(b"no image")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, str(ROOT / "create.py"), "--model", "thumbnail", "--index", local.index]
+    with subprocess.Popen(
+        command, cwd=local.folder, env=local.environment | {"TERM": "xterm"}, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end has been closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 1
+    assert b"0/31 [00:00" in shown and b"31/31 [00:00" in shown
+    assert b"1 unreadable" in shown
 
 
 # Elasticsearch alone
