@@ -81,11 +81,12 @@ class Report:
 
     def summary(self) -> str:
         seconds = time.monotonic() - self.started
-        rate = (self.new + self.updated) / seconds
+        embedded = self.new + self.updated
+        rate = f" ({embedded / seconds:.1f} images/s embedded)" if embedded else ""
         return (
             f"{self.new:,} new, {self.updated:,} updated, {self.unchanged:,} unchanged, {self.deleted:,} deleted,"
             f" {self.unreadable:,} unreadable, {self.passed_over:,} passed over"
-            f" in {seconds:.1f} s ({rate:.1f} images/s embedded)"
+            f" in {seconds:.1f} s{rate}"
         )
 
 

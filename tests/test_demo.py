@@ -10,7 +10,7 @@ from tests.server import ROOT
 
 
 def test_make_demo_says_what_it_does_and_leaves_the_users_files_alone(tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in [ROOT, *(ROOT / "images").rglob("*")]}
+    before = {path: path.stat().st_mtime_ns for path in [ROOT / "images", *(ROOT / "images").rglob("*")]}
     surroundings = environment(tmp_path) | {"ES_URL": "https://u:p@localhost:9"}  # the demo is local all the same
     done = subprocess.run(["make", "demo"], cwd=ROOT, env=surroundings, capture_output=True, text=True, check=True)
     assert "CLIP could not be downloaded: going on with --model thumbnail" in done.stdout
@@ -22,6 +22,7 @@ def test_make_demo_says_what_it_does_and_leaves_the_users_files_alone(tmp_path: 
     assert (ROOT / "build" / "demo" / "imagesearch.db").exists()
     assert "Look at build/demo/results.html" in done.stdout
     assert (ROOT / "build" / "demo" / "results.html").read_text().count("<li>") == 5 * 12
+    assert not (ROOT / "imagesearch.db").exists()
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

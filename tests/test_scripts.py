@@ -25,7 +25,7 @@ from tests.server import ROOT
 
 COUNTS = re.compile(
     r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated, (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted,"
-    r" (?P<unreadable>[\d,]+) unreadable, (?P<passed>[\d,]+) passed over in [\d.]+ s \([\d.]+ images/s embedded\)$",
+    r" (?P<unreadable>[\d,]+) unreadable, (?P<passed>[\d,]+) passed over in [\d.]+ s( \([\d.]+ images/s embedded\))?$",
     re.MULTILINE,
 )
 
