@@ -229,12 +229,13 @@ class Elastic:
         actions = list(waiting.values())
         for accepted, item in streaming_bulk(self.client, actions, chunk_size=len(actions), raise_on_error=False):
             result = next(iter(item.values()))
-            if accepted or result["status"] == 404:
+            gone = result.get("result") == "not_found" or "document_missing_exception" in str(result.get("error"))
+            if accepted or gone:
                 del waiting[result["_id"]]
-                if not accepted:
-                    missing.add(result["_id"])
             else:
                 refused.append(result)
+            if gone:
+                missing.add(result["_id"])
         for result in refused:
             if not passing(result["status"], result["error"]):
                 raise Failure(f"Elasticsearch refuses documents: {explained(result)}. {remedy(result)}")
@@ -260,7 +261,7 @@ class Elastic:
         waiting = {name: {"_op_type": "delete", "_index": self.name, "_id": name} for name in ids}
         missing: set[str] = set()
         if waiting:
-            self.patiently(lambda: self.send(waiting, missing))
+            self.patiently(functools.partial(self.send, waiting, missing))
         return len(ids) - len(missing)
 
     def refresh(self) -> None:
