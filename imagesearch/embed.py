@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import math
 import os
 import stat
 from collections import deque
@@ -137,18 +138,31 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def cores() -> int:
-    """How many CPUs this process may use: its affinity and its cgroup's quota, not the machine's size."""
+    """How many CPUs this process may use: its affinity and its cgroups' quotas, not the machine's size."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    root = Path("/sys/fs/cgroup")
     try:
-        group = root / Path("/proc/self/cgroup").read_text().split("::/")[1].strip()
-    except (OSError, IndexError):
-        group = root
-    for folder in (group, *group.parents):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except OSError:
+        cgroups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # not Linux
+        return count
+    for _, controllers, name in cgroups:
+        if controllers and "cpu" not in controllers.split(","):  # version 2 names none
             continue
-        if quota != "max":
-            count = max(1, min(count, int(quota) // int(period)))
+        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", name.lstrip("/"))
+        for group in (folder, *folder.parents):
+            count = int(min(count, max(1, quota(group))))
     return count
+
+
+def quota(cgroup: Path) -> float:
+    """How many CPUs' time the cgroup of this folder has, by version 2 or 1; infinite where it sets no limit.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            time, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except (OSError, ValueError):  # no such file, or another system's
+            continue
+        if time not in ("max", "-1"):
+            return int(time) / int(period)
+    return math.inf

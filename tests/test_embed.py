@@ -209,18 +209,36 @@ def test_batches_are_full_but_for_the_last() -> None:
     assert [len(batch) for batch in batched(range(10), 4)] == [4, 4, 2]
 
 
-def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+V1 = {"/proc/self/cgroup": "5:memory:/user\n4:cpu,cpuacct:/user/app\n"}
+V2 = {"/proc/self/cgroup": "0::/user/app\n"}
+ROOT_V1, ROOT_V2 = "/sys/fs/cgroup/cpu/", "/sys/fs/cgroup/"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 6),
+        (V2, 6),
+        (V2 | {ROOT_V2 + "user/app/cpu.max": "max 100000\n"}, 6),
+        (V2 | {ROOT_V2 + "user/app/cpu.max": "250000 100000\n"}, 2),
+        (V2 | {ROOT_V2 + "user/app/cpu.max": "max 100000\n", ROOT_V2 + "user/cpu.max": "50000 100000\n"}, 1),
+        (V2 | {ROOT_V2 + "cpu.max": "900000 100000\n"}, 6),
+        (V1 | {ROOT_V1 + "user/app/cpu.cfs_quota_us": "-1\n", ROOT_V1 + "user/app/cpu.cfs_period_us": "100000\n"}, 6),
+        (V1 | {ROOT_V1 + "cpu.cfs_quota_us": "300000\n", ROOT_V1 + "cpu.cfs_period_us": "100000\n"}, 3),
+        (V1 | {ROOT_V1 + "user/cpu.cfs_quota_us": "50000\n", ROOT_V1 + "user/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_cores_are_those_that_this_process_may_use(
+    files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    for quota, expected in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
-        files = {"/proc/self/cgroup": "0::/user/app\n", "/sys/fs/cgroup/user/cpu.max": quota}
-
-        def read_text(path: Path, files: dict[str, str] = files) -> str:
-            if str(path) not in files:
-                raise FileNotFoundError
-            return files[str(path)]
-
-        monkeypatch.setattr(Path, "read_text", read_text)
-        assert cores() == expected
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert cores() == expected
 
 
 def seeds() -> list[bytes]:

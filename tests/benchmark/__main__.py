@@ -28,6 +28,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from imagesearch import clip
+from imagesearch.cache import model_sha256
 from imagesearch.connection import connection
 from imagesearch.elastic import PROPERTIES, Elastic
 from imagesearch.embed import Document, Loaded, batched, cores, load
@@ -41,7 +42,7 @@ from tests.benchmark.tutorial import load as load_as_tutorial
 from tests.server import ROOT, Cluster
 
 FOLDER = ROOT / "build" / "benchmark"
-MODEL = FOLDER / "clip.onnx"
+MODEL, SHALLOW = FOLDER / "clip.onnx", FOLDER / "shallow.onnx"  # CLIP's twelve layers, and three of them
 SMALL, LARGE = FOLDER / "small", FOLDER / "large"
 PHOTOGRAPHS, LARGE_PHOTOGRAPHS, TINY = 1000, 200, 100_000
 
@@ -119,8 +120,10 @@ def prepare() -> None:
     """Writes the model and the photographs, once."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not MODEL.exists():
-        build(MODEL)
         build_processor(FOLDER / "processor")
+        build(MODEL)
+    if not SHALLOW.exists():
+        build(SHALLOW, layers=3)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     random = np.random.default_rng(0)
     if not SMALL.exists():
@@ -189,24 +192,28 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
     starts = [script("create.py", "--help").seconds + run("-c", LOADING, str(MODEL)).seconds for _ in range(3)]
     start = min(starts) - run("-c", "pass").seconds
     best = PHOTOGRAPHS / embedding + PHOTOGRAPHS / decoding + start
+    parts = f"ideal {best:.1f} s (embedding {embedding:.0f}/s, decoding {decoding:.0f}/s)"
     arguments = ("--images", "small", "--model", MODEL)
     script("create.py", *arguments, "--db", "warm.db")  # rewrites the model
-    peak = 0.0
-    for name, environment in (("local", {}), ("Elasticsearch", elastic)):
+    done = script("create.py", *arguments, "--db", "create.db", "--index", "create")
+    what = "create.py, 1,000 JPEGs of 500×375"
+    yield Row(f"{what}, local: {done.seconds:.1f} s, {parts}", f"{100 * best / done.seconds:.0f}%", "≥ 90%")
+    yield Row("create.py, peak memory, local", f"{done.peak:.0f} MB", "< 600 MB")
+    # A server just started still compiles its code; each run helps the next.
+    for age, target in (("just started", ""), ("after one such run", ""), ("after two", "≥ 90%")):
         cpu = server_cpu()
-        done = script("create.py", *arguments, "--db", "create.db", "--index", "create", **environment)
-        cpu = server_cpu() - cpu
-        share = cpu / (done.seconds * cores())
-        beside = f"; the server used {100 * share:.0f}% of the CPU" if environment else ""
-        rest = f" ({100 * best / done.seconds / (1 - share):.0f}% of what it left)" if environment else ""
+        done = script("create.py", *arguments, "--index", f"create-{age.split()[-1]}", **elastic)
+        share = (server_cpu() - cpu) / (done.seconds * cores())
         yield Row(
-            f"create.py, 1,000 JPEGs of 500×375, {name}: {done.seconds:.1f} s, ideal {best:.1f} s"
-            f" (embedding {embedding:.0f}/s, decoding {decoding:.0f}/s){beside}",
-            f"{100 * best / done.seconds:.0f}%{rest}",
-            "≥ 90%",
+            f"{what}, Elasticsearch {age}: {done.seconds:.1f} s, of the CPU the server used {100 * share:.0f}%",
+            f"{100 * best / done.seconds:.0f}%",
+            target,
         )
-        peak = peak or done.peak
-        yield Row(f"create.py, peak memory, {name}", f"{done.peak:.0f} MB", "< 600 MB")
+    yield Row("create.py, peak memory, Elasticsearch", f"{done.peak:.0f} MB", "< 600 MB")
+
+
+def large() -> Iterator[Row]:
+    """create.py on large photographs against imgbeddings' own path."""
     done = script("create.py", "--images", "large", "--model", MODEL, "--db", "large.db")
     theirs = load_as_tutorial(str(MODEL))
     paths = [str(path) for path in sorted(LARGE.iterdir())[:8]]
@@ -221,14 +228,22 @@ def create(model: clip.Clip, elastic: dict[str, str], server_cpu: Callable[[], f
         "≥ 8×",
     )
     yield Row("create.py, peak memory, 12 megapixels", f"{done.peak:.0f} MB", "< 600 MB")
+
+
+def growth() -> Iterator[Row]:
+    """create.py's memory for ten times the images; with three of CLIP's layers, to take less time."""
     ten = FOLDER / "ten"
     if not ten.exists():
         for number in range(10):
             shutil.copytree(SMALL, ten / str(number), copy_function=os.link)
-    more = script("create.py", "--images", "ten", "--model", MODEL, "--db", "ten.db").peak
+    exact_int8(SHALLOW, model_sha256(SHALLOW))  # rewritten in advance
+    few, many = (
+        script("create.py", "--images", name, "--model", SHALLOW, "--db", f"{name}.db").peak
+        for name in ("small", "ten")
+    )
     yield Row(
-        f"create.py, peak memory, 1,000 and 10,000 JPEGs of 500×375, local: {peak:.0f} and {more:.0f} MB",
-        f"{more / peak:.2f}×",
+        f"create.py, peak memory, 3 of CLIP's 12 layers: 1,000 images {few:.0f} MB, 10,000 images {many:.0f} MB",
+        f"{many / few:.2f}×",
         "≤ 1.10×",
     )
 
@@ -446,6 +461,8 @@ def main() -> None:
         parts = [
             int8(),
             create(model, elastic, server_cpu),
+            large(),
+            growth(),
             search(model),
             tutorial(elastic),
             unchanged(elastic),
