@@ -56,7 +56,7 @@ class Busy(Exception):
 
 
 class Elastic:
-    """The index `name`, or the one that the alias `name` stands for, on Elasticsearch.
+    """The index `name` on Elasticsearch, or the one that the alias `name` stands for when `model` is asked.
 
     `pause` is called when Elasticsearch is away or busy in the middle of a run. A run that it keeps
     waiting for more than `patience` seconds at a time ends with Failure.
@@ -159,6 +159,7 @@ class Elastic:
                 f"The index {self.name} was not made by create.py: it has no record of its model."
                 " Choose another name with --index."
             )
+        (self.name,) = answer  # an alias may be switched to another model's index during the run
         return record
 
     def create(self, record: ModelRecord) -> None:
@@ -281,6 +282,8 @@ class Elastic:
             "POST", f"{quote(self.name)}/_search", {"knn": knn, "size": k, "_source": False, "fields": FIELDS}
         )
         if status == 200:
+            if any(hit["_index"] != self.name for hit in answer["hits"]["hits"]):
+                raise Failure(f"{self.name} has become the name of another index meanwhile: run this again.")
             return answer
         why = explained(answer)
         if "rescore_vector" in why:

@@ -54,18 +54,30 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def cluster(size: int, **settings: object) -> Iterator[Cluster]:
+    """So many nodes of Elasticsearch 8.19, with settings of their own."""
+    try:
+        nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
+    except Unavailable as why:
+        unavailable(str(why))
+    with nodes:
+        yield nodes
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """Elasticsearch 8.19, or the one that `TEST_ES_URL` (and `TEST_ES_CA_CERT`) name."""
     if url := os.environ.get("TEST_ES_URL"):
         yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    try:
-        cluster = Cluster()
-    except Unavailable as why:
-        unavailable(str(why))
-    with cluster:
-        yield Server(cluster.url, str(cluster.ca))
+    for node in cluster(1):
+        yield Server(node.url, str(node.ca))
+
+
+@pytest.fixture(scope="session")
+def three() -> Iterator[Cluster]:
+    """Three nodes; a test that kills one starts it again."""
+    yield from cluster(3)
 
 
 @dataclass
@@ -118,6 +130,11 @@ def environment(home: Path) -> dict[str, str]:
     """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_"))}
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
+    """The scripts on a cluster, run in `folder`."""
+    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
 
 
 @pytest.fixture

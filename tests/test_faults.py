@@ -27,8 +27,8 @@ from imagesearch.files import File
 from imagesearch.index import Index
 from imagesearch.local import Local
 from imagesearch.models import ModelRecord
-from tests.conftest import Picture, Scripts, Server, averaging_model, environment, unavailable
-from tests.server import ROOT, Cluster, Unavailable
+from tests.conftest import Picture, Scripts, Server, averaging_model, cluster, scripts_on
+from tests.server import ROOT, Cluster
 from tests.test_scripts import counts
 
 MANY = 3000
@@ -46,29 +46,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cluster(size: int, **settings: object) -> Iterator[Cluster]:
-    try:
-        nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
-    except Unavailable as why:
-        unavailable(str(why))
-    with nodes:
-        yield nodes
-
-
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[Cluster]:
     """A server to kill; it takes one bulk at a time for one shard and lets one more wait."""
     yield from cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1)
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Cluster]:
-    """Three nodes."""
-    yield from cluster(3)
-
-
-def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
-    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
 
 
 def count(scripts: Scripts, refresh: bool = True) -> int:

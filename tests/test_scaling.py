@@ -1,10 +1,20 @@
 """Several machines embed; shards and replicas are the index's own; another model takes over without a gap."""
 
+import json
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.conftest import Picture, Scripts, Server, averaging_model
+from imagesearch.connection import connection
+from imagesearch.elastic import Elastic
+from imagesearch.errors import Failure
+from tests.conftest import Picture, Scripts, Server, averaging_model, scripts_on
+from tests.server import ROOT, Cluster
 from tests.test_scripts import counts
 
 
@@ -66,29 +76,98 @@ def test_shards_and_replicas_come_from_an_index_template(elastic: Scripts, serve
     assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7.png"]
 
 
+def test_three_nodes_share_shards_and_senders(three: Cluster, picture: Picture, tmp_path: Path) -> None:
+    """Three machines embed a part each and write to a node each; a template spreads shards and replicas."""
+    for number in range(60):
+        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
+    scripts = scripts_on(three, tmp_path, tmp_path)
+    servers = [Server(url, str(three.ca)) for url in three.url.split(",")]
+    template = {
+        "index_patterns": [scripts.index],
+        "template": {"settings": {"number_of_shards": 3, "number_of_replicas": 1}},
+    }
+    servers[0].request("PUT", f"_index_template/{scripts.index}", template)
+    parts = [
+        scripts.start("create.py", "--model", "thumbnail", "--part", f"{number}/3", ES_URL=node.url)
+        for number, node in enumerate(servers, 1)
+    ]
+    ends = [part.communicate(timeout=120)[1] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0, 0], ends
+    assert sum(counts(stderr)["new"] for stderr in ends) == 60
+    assert counts(scripts.create()) == {"unchanged": 60}
+
+    servers[1].request("GET", f"_cluster/health/{scripts.index}?wait_for_status=green&timeout=60s")
+    shards = servers[2].request("GET", f"_cat/shards/{scripts.index}?format=json")
+    assert sorted(shard["prirep"] for shard in shards) == ["p", "p", "p", "r", "r", "r"]
+    assert {shard["state"] for shard in shards} == {"STARTED"}
+    assert {shard["node"] for shard in shards} == {"node-0", "node-1", "node-2"}
+    response = scripts.search("images/1/7.png", "-k", 60)[0]
+    assert response["_shards"] == {"total": 3, "successful": 3, "skipped": 0, "failed": 0}
+    assert len(response["hits"]["hits"]) == 60
+    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/1/7.png"]
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def recipe(model: str, scripts: Scripts) -> "subprocess.Popen[str]":
+    """Starts the README's block that changes to `model`, with the test's index in place of `images`."""
+    found = re.search(rf"^```sh\n(python3 create.py --model {model} .*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert found
+    text = found[1].replace("images", scripts.index)
+    text = text.replace("python3 create.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}")
+    return subprocess.Popen(
+        ["bash", "-ec", text], cwd=scripts.folder, env=scripts.environment, stdout=subprocess.PIPE, text=True
+    )
+
+
 def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server, picture: Picture) -> None:
-    """The README's way: an alias is searched; another index is built; the alias is switched in one request."""
+    """The README's recipes: the next index is built while this one serves, and takes its name in one request."""
     for number in range(10):
         picture(f"images/{number}.png", seed=number)
-    alias, first, second = elastic.index, f"{elastic.index}-v1", f"{elastic.index}-v2"
-    elastic.index = first
+    averaging_model(elastic.folder / "other.onnx")
+    averaging_model(elastic.folder / "third.onnx", scale=2)
     elastic.create()
-    server.request("POST", "_aliases", {"actions": [{"add": {"index": first, "alias": alias}}]})
-    elastic.index = alias
-    assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == first
-    assert counts(elastic.create()) == {"unchanged": 10}  # an alias is written through as well
+    for model, before, after in (("other.onnx", "", "-v2"), ("third.onnx", "-v2", "-v3")):
+        assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == elastic.index + before
+        switching = recipe(model, elastic)
+        while switching.poll() is None:
+            assert server.request("GET", f"{elastic.index}/_search?_source=false")["hits"]["total"]["value"] == 10
+        output, _ = switching.communicate()
+        assert switching.returncode == 0
+        assert json.loads(output)["acknowledged"] and not json.loads(output)["errors"]
+        hit = elastic.search("images/3.png")[0]["hits"]["hits"][0]
+        assert (hit["_index"], hit["fields"]["file_path"]) == (elastic.index + after, ["./images/3.png"])
+        assert counts(elastic.create("--model", model)) == {"unchanged": 10}  # an alias is written through as well
 
-    elastic.index = second
-    elastic.create("--model", averaging_model(elastic.folder / "model.onnx"))
-    elastic.index = alias
-    assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == first
-    switch = [{"remove": {"index": first, "alias": alias}}, {"add": {"index": second, "alias": alias}}]
-    server.request("POST", "_aliases", {"actions": switch})
-    hit = elastic.search("images/3.png")[0]["hits"]["hits"][0]
-    assert (hit["_index"], hit["fields"]["file_path"]) == (second, ["./images/3.png"])
-
-    server.request("POST", "_aliases", {"actions": [{"add": {"index": first, "alias": alias}}]})
+    both = [{"add": {"index": f"{elastic.index}-v2", "alias": elastic.index}}]
+    server.request("POST", "_aliases", {"actions": both})
     done = elastic.run("search.py", "images/3.png")
     assert done.returncode == 2
-    assert re.search(rf"{alias} is an alias of several indices \({first}, {second}\)", done.stderr)
-    server.request("DELETE", f"{first},{second}")
+    assert f"{elastic.index} is an alias of several indices ({elastic.index}-v2, {elastic.index}-v3)" in done.stderr
+    server.request("DELETE", f"{elastic.index}-v2,{elastic.index}-v3")
+
+
+def test_a_run_keeps_to_the_index_whose_model_it_has(elastic: Scripts, server: Server, picture: Picture) -> None:
+    """An alias is switched, then an index replaced by an alias, between the question for the model and the search."""
+    picture("images/3.png")
+    name, first, second = elastic.index, f"{elastic.index}-v1", f"{elastic.index}-v2"
+    for elastic.index in (first, second):
+        elastic.create()
+    place = connection(elastic.environment, insecure=False)
+    assert place
+    embedding = np.ones(768, np.float32)
+
+    server.request("POST", "_aliases", {"actions": [{"add": {"index": first, "alias": name}}]})
+    with Elastic(place, name, lambda seconds, why: False, 0) as index:
+        assert index.model()
+        switch = [{"remove": {"index": first, "alias": name}}, {"add": {"index": second, "alias": name}}]
+        server.request("POST", "_aliases", {"actions": switch})
+        assert index.search(embedding, 1, None)["hits"]["hits"][0]["_index"] == first
+    with Elastic(place, first, lambda seconds, why: False, 0) as index:
+        assert index.model()
+        switch = [{"remove_index": {"index": first}}, {"add": {"index": second, "alias": first}}]
+        server.request("POST", "_aliases", {"actions": switch})
+        with pytest.raises(Failure, match=f"^{first} has become the name of another index meanwhile: run this again"):
+            index.search(embedding, 1, None)
+    server.request("DELETE", second)

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from imagesearch.int8 import exact_int8
 from imagesearch.local import Local
 from imagesearch.models import DIMENSIONS, ModelRecord
 from tests.benchmark.standin import build, build_processor
+from tests.benchmark.timing import can_drop, cold, timed
 from tests.benchmark.tutorial import load as load_as_tutorial
 from tests.server import ROOT, Cluster
 
@@ -74,11 +76,13 @@ def run(*command: object, **environment: str) -> Run:
             [sys.executable, *map(str, command)], cwd=FOLDER, env=ENVIRONMENT | environment, stdout=out, stderr=err
         )
         peak = 0.0
-        while process.poll() is None:
+        end = threading.Thread(target=process.wait)
+        end.start()
+        while end.is_alive():
             # Not ru_maxrss, which a child begins with its parent's.
             found = re.search(r"VmHWM:\s+(\d+) kB", read_if_there(Path(f"/proc/{process.pid}/status")))
             peak = max(peak, float(found[1]) / 1000 if found else 0)
-            time.sleep(0.002)
+            end.join(0.05)
         seconds = time.perf_counter() - started
         out.seek(0)
         err.seek(0)
@@ -361,11 +365,10 @@ def scan() -> Iterator[Row]:
             raw = FOLDER / "raw"
             matrix.tofile(raw)
             del matrix
-            cold = os.geteuid() == 0 and Path("/proc/sys/vm/drop_caches").exists()
-            reading = statistics.median(dropped(read_through, raw, cold=cold) for _ in range(3))
-            took = statistics.median(dropped(once, path, query, cold=cold) for _ in range(3))
+            reading = statistics.median(cold(functools.partial(read_through, raw)) for _ in range(3))
+            took = statistics.median(cold(functools.partial(once, path, query)) for _ in range(3))
             floor = product + reading
-            how = "cold" if cold else "warm"
+            how = "cold" if can_drop() else "warm"
             yield Row(
                 f"local search of {size:,} images, {how} file cache: {1000 * took:.0f} ms, floor {1000 * floor:.0f} ms",
                 f"{took / floor:.2f}×",
@@ -391,20 +394,6 @@ def read_through(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
-
-
-def dropped(call: Callable[..., object], *arguments: object, cold: bool) -> float:
-    """Seconds of a call, with nothing in the file cache if `cold`."""
-    if cold:
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    return timed(lambda: call(*arguments))
-
-
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def cpu_seconds(group: int) -> float:
