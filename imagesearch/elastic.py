@@ -26,7 +26,6 @@ Answer = TypeVar("Answer")
 SECONDS = 60  # for one request
 BULK = 128  # documents in one bulk request: about 1 MB
 PAGE = 1000  # documents in one page of a listing
-SCORED = 2.0  # rescore_vector's oversample: how many times k are scored with the exact vectors
 FIELDS = ["file_path", "desc"]
 
 # Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and the rest
@@ -269,12 +268,14 @@ class Elastic:
         self.patiently(lambda: self.client.indices.refresh(index=self.name))
 
     def search(self, embedding: NDArray[np.float32], k: int, desc: str | None) -> dict[str, Any]:
+        # Found with int8 vectors among num_candidates, then scored exactly: 2k of them, at least 10 for k = 1
+        # (Elasticsearch allows 10k). docs/scaling.md has the recall that led to these.
         knn: dict[str, Any] = {
             "field": "embeddings",
             "query_vector": embedding.tolist(),
             "k": k,
-            "num_candidates": min(10_000, max(100, 2 * k)),
-            "rescore_vector": {"oversample": SCORED},
+            "num_candidates": min(10_000, max(500, 10 * k)),
+            "rescore_vector": {"oversample": min(10, max(2, 20 / k))},
         }
         if desc is not None:
             knn["filter"] = {"term": {"desc": desc}}

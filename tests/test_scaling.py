@@ -76,17 +76,30 @@ def test_shards_and_replicas_come_from_an_index_template(elastic: Scripts, serve
     assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7.png"]
 
 
+def recipe(document: str, beginning: str, scripts: Scripts, **environment: str) -> "subprocess.Popen[str]":
+    """Starts the commands that `document` has under this beginning, with the test's index in place of `images`."""
+    text = (ROOT / document).read_text()
+    found = re.search(rf"^```sh\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found
+    commands = found[1].replace("images", scripts.index)
+    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
+    return subprocess.Popen(
+        ["bash", "-ec", commands.replace("python3 create.py", ours)],
+        cwd=scripts.folder,
+        env=scripts.environment | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_three_nodes_share_shards_and_senders(three: Cluster, picture: Picture, tmp_path: Path) -> None:
-    """Three machines embed a part each and write to a node each; a template spreads shards and replicas."""
+    """Three machines embed a part each and write to a node each; the template of docs/scaling.md spreads the index."""
     for number in range(60):
         picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
     scripts = scripts_on(three, tmp_path, tmp_path)
     servers = [Server(url, str(three.ca)) for url in three.url.split(",")]
-    template = {
-        "index_patterns": [scripts.index],
-        "template": {"settings": {"number_of_shards": 3, "number_of_replicas": 1}},
-    }
-    servers[0].request("PUT", f"_index_template/{scripts.index}", template)
+    output, _ = recipe("docs/scaling.md", "curl", scripts, ES_URL=servers[0].url).communicate()
+    assert json.loads(output) == {"acknowledged": True}
     parts = [
         scripts.start("create.py", "--model", "thumbnail", "--part", f"{number}/3", ES_URL=node.url)
         for number, node in enumerate(servers, 1)
@@ -107,20 +120,6 @@ def test_three_nodes_share_shards_and_senders(three: Cluster, picture: Picture, 
     assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/1/7.png"]
 
 
-README = (ROOT / "README.md").read_text()
-
-
-def recipe(model: str, scripts: Scripts) -> "subprocess.Popen[str]":
-    """Starts the README's block that changes to `model`, with the test's index in place of `images`."""
-    found = re.search(rf"^```sh\n(python3 create.py --model {model} .*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert found
-    text = found[1].replace("images", scripts.index)
-    text = text.replace("python3 create.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}")
-    return subprocess.Popen(
-        ["bash", "-ec", text], cwd=scripts.folder, env=scripts.environment, stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server, picture: Picture) -> None:
     """The README's recipes: the next index is built while this one serves, and takes its name in one request."""
     for number in range(10):
@@ -130,7 +129,7 @@ def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server
     elastic.create()
     for model, before, after in (("other.onnx", "", "-v2"), ("third.onnx", "-v2", "-v3")):
         assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == elastic.index + before
-        switching = recipe(model, elastic)
+        switching = recipe("README.md", f"python3 create.py --model {model}", elastic)
         while switching.poll() is None:
             assert server.request("GET", f"{elastic.index}/_search?_source=false")["hits"]["total"]["value"] == 10
         output, _ = switching.communicate()
