@@ -104,14 +104,12 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 
 def rate(call: Callable[[Any], object], items: list[Any], threads: int, each: int = 1) -> float:
-    """Items a second (`each` to a call) when so many threads share the calls; the better of two runs."""
-    rates = []
+    """Items a second (`each` to a call) when so many threads share the calls, over two runs."""
     with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
         for _ in range(2):
-            started = time.perf_counter()
             list(pool.map(call, items))
-            rates.append(len(items) * each / (time.perf_counter() - started))
-    return max(rates)
+        return 2 * len(items) * each / (time.perf_counter() - started)
 
 
 def median(call: Callable[[], Run], times: int = 7) -> float:
@@ -189,7 +187,7 @@ class Ideal:
 def ideal(model: clip.Clip) -> Ideal:
     """Measures the parts of create.py alone."""
     files = [(file, None) for file in walk(str(SMALL), lambda _: None, lambda *_: None)]
-    loaded = [item for item in map(functools.partial(load, model), files[:240]) if isinstance(item, Loaded)]
+    loaded = [item for item in map(functools.partial(load, model), files[:400]) if isinstance(item, Loaded)]
     decoding = rate(functools.partial(load, model), files, cores())
     embedding = 0.0
     for batch in (8, 16):
