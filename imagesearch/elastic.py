@@ -55,7 +55,10 @@ class Busy(Exception):
 
 
 class Elastic:
-    """The index `name` on Elasticsearch, or the one that the alias `name` stands for when `model` is asked.
+    """The index `name`, or the one that the alias `name` stands for, on Elasticsearch.
+
+    `concrete` is that index's own name, which `model` finds out. Where the name has become another
+    index's since, writing and searching raise Failure: that one may hold another model's embeddings.
 
     `pause` is called when Elasticsearch is away or busy in the middle of a run. A run that it keeps
     waiting for more than `patience` seconds at a time ends with Failure.
@@ -67,6 +70,7 @@ class Elastic:
         self.pause = pause
         self.patience = patience
         self.urls = list(connection.urls)
+        self.concrete = name
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +162,7 @@ class Elastic:
                 f"The index {self.name} was not made by create.py: it has no record of its model."
                 " Choose another name with --index."
             )
-        (self.name,) = answer  # an alias may be switched to another model's index during the run
+        (self.concrete,) = answer
         return record
 
     def create(self, record: ModelRecord) -> None:
@@ -221,7 +225,7 @@ class Elastic:
         """Sends these bulk actions, by `_id`, and takes from `waiting` what Elasticsearch has done.
 
         What another run has deleted meanwhile goes to `missing`. Raises Busy where Elasticsearch has
-        rejected some for now, Failure where it has for good.
+        rejected some for now, Failure where it has for good or they went to another index.
         """
         from elasticsearch.helpers import streaming_bulk
 
@@ -229,6 +233,8 @@ class Elastic:
         actions = list(waiting.values())
         for accepted, item in streaming_bulk(self.client, actions, chunk_size=len(actions), raise_on_error=False):
             result = next(iter(item.values()))
+            if accepted:
+                self.check_index(result)
             gone = result.get("result") == "not_found" or "document_missing_exception" in str(result.get("error"))
             if accepted or gone:
                 del waiting[result["_id"]]
@@ -268,8 +274,8 @@ class Elastic:
         self.patiently(lambda: self.client.indices.refresh(index=self.name))
 
     def search(self, embedding: NDArray[np.float32], k: int, desc: str | None) -> dict[str, Any]:
-        # Found with int8 vectors among num_candidates, then scored exactly: 2k of them, at least 10 for k = 1
-        # (Elasticsearch allows 10k). docs/scaling.md has the recall that led to these.
+        # Candidates are found with int8 vectors, and the best of them scored exactly: twice as many as are asked
+        # for, at least 20 as far as oversample's limit of 10 allows. docs/scaling.md says why, with the recall.
         knn: dict[str, Any] = {
             "field": "embeddings",
             "query_vector": embedding.tolist(),
@@ -283,13 +289,18 @@ class Elastic:
             "POST", f"{quote(self.name)}/_search", {"knn": knn, "size": k, "_source": False, "fields": FIELDS}
         )
         if status == 200:
-            if any(hit["_index"] != self.name for hit in answer["hits"]["hits"]):
-                raise Failure(f"{self.name} has become the name of another index meanwhile: run this again.")
+            for hit in answer["hits"]["hits"]:
+                self.check_index(hit)
             return answer
         why = explained(answer)
         if "rescore_vector" in why:
             raise Misuse("This Elasticsearch is too old: search.py needs version 8.18 or newer (rescore_vector).")
         raise Failure(f"Elasticsearch cannot search the index {self.name}: {why}.")
+
+    def check_index(self, item: dict[str, Any]) -> None:
+        """Raises Failure where a hit or the result of a bulk action is of another index than `model` asked."""
+        if item["_index"] != self.concrete:
+            raise Failure(f"{self.name} has become the name of another index meanwhile: run this again.")
 
     def patiently(self, call: Callable[[], Answer]) -> Answer:
         """The result of `call()`, repeated with growing pauses while Elasticsearch is away or busy.

@@ -1,5 +1,6 @@
 """What the tests share: a real Elasticsearch, the two scripts as a user runs them, small images and models."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -54,6 +55,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@contextlib.contextmanager
 def cluster(size: int, **settings: object) -> Iterator[Cluster]:
     """So many nodes of Elasticsearch 8.19, with settings of their own."""
     try:
@@ -70,14 +72,15 @@ def server() -> Iterator[Server]:
     if url := os.environ.get("TEST_ES_URL"):
         yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    for node in cluster(1):
+    with cluster(1) as node:
         yield Server(node.url, str(node.ca))
 
 
 @pytest.fixture(scope="session")
 def three() -> Iterator[Cluster]:
     """Three nodes; a test that kills one starts it again."""
-    yield from cluster(3)
+    with cluster(3) as nodes:
+        yield nodes
 
 
 @dataclass

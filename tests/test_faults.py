@@ -49,7 +49,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[Cluster]:
     """A server to kill; it takes one bulk at a time for one shard and lets one more wait."""
-    yield from cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1)
+    with cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1) as node:
+        yield node
 
 
 def count(scripts: Scripts, refresh: bool = True) -> int:
@@ -249,9 +250,11 @@ def test_searches_go_on_while_a_node_is_lost(three: Cluster, many: Path, tmp_pat
     assert process.stdout
     lines = [process.stdout.readline() for _ in range(20)]
     three.kill(three.nodes[0])
-    rest, stderr = process.communicate(timeout=120)
-    three.start(three.nodes[0])
-    three.wait()
+    try:
+        rest, stderr = process.communicate(timeout=120)
+    finally:
+        three.start(three.nodes[0])
+        three.wait()
     assert process.returncode == 0, stderr
     found = [json.loads(line)["hits"]["hits"][0]["_score"] for line in [*lines, *rest.splitlines()]]
     assert len(found) == len(queries)

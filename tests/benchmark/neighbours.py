@@ -39,7 +39,7 @@ INTRINSIC = 64
 QUERIES = 500
 K, OTHER_KS = 10, (1, 100)
 CANDIDATES, OVERSAMPLES = (50, 100, 200, 500, 1000), (None, 2.0)
-SENDERS = 2
+SENDERS, BULK = 2, module.BULK
 MERGED = 100_000  # the largest index that is merged to one segment as well: a million would take an hour
 
 
@@ -86,14 +86,14 @@ def fill(cluster: Cluster, name: str, parts: list[Iterable[Document]], bulk: int
 Search = Callable[[NDArray[np.float32]], dict[str, Any]]
 
 
-def with_settings(index: Elastic, candidates: int, oversample: float | None) -> Search:
-    """The search for K neighbours with other settings than search.py's own."""
+def with_settings(index: Elastic, k: int, candidates: int, oversample: float | None) -> Search:
+    """The search for `k` neighbours with other settings than search.py's own."""
 
     def search(query: NDArray[np.float32]) -> dict[str, Any]:
-        knn = {"field": "embeddings", "query_vector": query.tolist(), "k": K, "num_candidates": candidates}
+        knn = {"field": "embeddings", "query_vector": query.tolist(), "k": k, "num_candidates": candidates}
         if oversample:
             knn["rescore_vector"] = {"oversample": oversample}
-        body = {"knn": knn, "size": K, "_source": False, "fields": ["file_path"]}
+        body = {"knn": knn, "size": k, "_source": False, "fields": ["file_path"]}
         status, answer = index.ask("POST", f"{index.name}/_search", body)
         assert status == 200, answer
         return answer
@@ -157,7 +157,7 @@ def recall(size: int) -> Iterator[str]:
     truth = exact(size, queries)
     with Cluster(memory=f"{max(2, size // 125_000)}g") as cluster, open_elastic(cluster, "recall") as index:
         parts = [itertools.islice(documents(size, 1), sender, None, SENDERS) for sender in range(SENDERS)]
-        rate = fill(cluster, index.name, [*parts], module.BULK)
+        rate = fill(cluster, index.name, [*parts], BULK)
         index.refresh()
         yield f"\n{size:,} documents, written by {SENDERS} senders in {size / rate:,.0f} s ({rate:,.0f}/s)\n"
         yield f"- as loaded: {stored(index)}"
@@ -168,7 +168,8 @@ def recall(size: int) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for candidates, oversample in itertools.product(CANDIDATES, OVERSAMPLES):
             how = f"as loaded | {candidates} | " + (f"oversample {oversample:g}" if oversample else "none")
-            yield compare(how, with_settings(index, candidates, oversample), K, queries, truth)
+            yield compare(how, with_settings(index, K, candidates, oversample), K, queries, truth)
+        yield compare("as loaded | 500 | oversample 2", with_settings(index, 1, 500, 2), 1, queries, truth)
         for k in (K, *OTHER_KS):
             yield compare("as loaded | search.py's own |", ours(index, k), k, queries, truth)
         if size <= MERGED:
@@ -196,6 +197,7 @@ def load(cluster: Cluster) -> Iterator[str]:
 def main() -> None:
     sizes = [int(text.replace(",", "")) for text in sys.argv[1:]]
     lines: list[str] = []
+    (ROOT / "build").mkdir(exist_ok=True)
 
     def add(rows: Iterable[str]) -> None:
         for row in rows:
