@@ -274,14 +274,14 @@ class Elastic:
         self.patiently(lambda: self.client.indices.refresh(index=self.name))
 
     def search(self, embedding: NDArray[np.float32], k: int, desc: str | None) -> dict[str, Any]:
-        # Candidates are found with int8 vectors, and the best of them scored exactly: twice as many as are asked
-        # for, at least 20 as far as oversample's limit of 10 allows. docs/scaling.md says why, with the recall.
+        # Candidates are found with int8 vectors, and twice as many as are asked for scored exactly.
+        # docs/scaling.md says why, with the recall.
         knn: dict[str, Any] = {
             "field": "embeddings",
             "query_vector": embedding.tolist(),
             "k": k,
             "num_candidates": min(10_000, max(500, 10 * k)),
-            "rescore_vector": {"oversample": min(10, max(2, 20 / k))},
+            "rescore_vector": {"oversample": 2},
         }
         if desc is not None:
             knn["filter"] = {"term": {"desc": desc}}

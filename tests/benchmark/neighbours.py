@@ -86,14 +86,14 @@ def fill(cluster: Cluster, name: str, parts: list[Iterable[Document]], bulk: int
 Search = Callable[[NDArray[np.float32]], dict[str, Any]]
 
 
-def with_settings(index: Elastic, k: int, candidates: int, oversample: float | None) -> Search:
-    """The search for `k` neighbours with other settings than search.py's own."""
+def with_settings(index: Elastic, candidates: int, oversample: float | None) -> Search:
+    """The search for K neighbours with other settings than search.py's own."""
 
     def search(query: NDArray[np.float32]) -> dict[str, Any]:
-        knn = {"field": "embeddings", "query_vector": query.tolist(), "k": k, "num_candidates": candidates}
+        knn = {"field": "embeddings", "query_vector": query.tolist(), "k": K, "num_candidates": candidates}
         if oversample:
             knn["rescore_vector"] = {"oversample": oversample}
-        body = {"knn": knn, "size": k, "_source": False, "fields": ["file_path"]}
+        body = {"knn": knn, "size": K, "_source": False, "fields": ["file_path"]}
         status, answer = index.ask("POST", f"{index.name}/_search", body)
         assert status == 200, answer
         return answer
@@ -168,8 +168,7 @@ def recall(size: int) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
         for candidates, oversample in itertools.product(CANDIDATES, OVERSAMPLES):
             how = f"as loaded | {candidates} | " + (f"oversample {oversample:g}" if oversample else "none")
-            yield compare(how, with_settings(index, K, candidates, oversample), K, queries, truth)
-        yield compare("as loaded | 500 | oversample 2", with_settings(index, 1, 500, 2), 1, queries, truth)
+            yield compare(how, with_settings(index, candidates, oversample), K, queries, truth)
         for k in (K, *OTHER_KS):
             yield compare("as loaded | search.py's own |", ours(index, k), k, queries, truth)
         if size <= MERGED:
