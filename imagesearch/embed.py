@@ -161,7 +161,7 @@ def quota(cgroup: Path) -> float:
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
             time, period = " ".join((cgroup / name).read_text() for name in names).split()
-        except (OSError, ValueError):  # the other version's, or not Linux
+        except (OSError, ValueError):  # the other version's file, or none
             continue
         if time not in ("max", "-1"):
             return int(time) / int(period)
