@@ -1,58 +1,60 @@
-# An existing group: one of our own could stay undeletable for days after the database is gone.
+# An existing group: a group created here could not be deleted while the database is pending reclamation.
 data "ibm_resource_group" "this" {
   is_default = var.resource_group == null ? true : null
   name       = var.resource_group
 }
 
 locals {
-  # Memory can be chosen on shared machines alone.
-  host_flavor = var.host_flavor != null ? var.host_flavor : var.member_memory_mb != null ? "multitenant" : null
-  sized       = local.host_flavor != null || var.member_disk_mb != null
+  # Both branches are the same: the reference alone keeps a refused password from the provider, which would print it.
+  adminpassword = var.validate_elastic_password ? var.elastic_password : var.elastic_password
 }
 
 resource "ibm_database" "elasticsearch" {
   service           = "databases-for-elasticsearch"
   name              = var.name
-  location          = var.region # the provider's own; a different one creates the database and then fails
+  location          = var.region # must be the provider's region: with another one, apply fails after creating the database
   resource_group_id = data.ibm_resource_group.this.id
   plan              = var.plan
   version           = var.elasticsearch_version
   service_endpoints = var.service_endpoints
-  adminpassword     = var.elastic_password
+  adminpassword     = local.adminpassword
   tags              = var.tags
 
-  # Left out unless a size is asked for: the service may have grown the disk since, and a smaller
-  # size here would then fail every plan, that of destroy too.
-  dynamic "group" {
-    for_each = local.sized ? ["member"] : []
+  deletion_protection = var.deletion_protection
 
-    content {
-      group_id = group.value
+  group {
+    group_id = "member"
 
-      dynamic "host_flavor" {
-        for_each = local.host_flavor[*]
-        content {
-          id = host_flavor.value
-        }
+    host_flavor {
+      id = var.host_flavor
+    }
+
+    # No size unless one is set: the service may have grown the disk, and a smaller size here would
+    # then fail every plan, including that of destroy.
+    dynamic "memory" {
+      for_each = var.member_memory_mb[*]
+      content {
+        allocation_mb = memory.value
       }
+    }
 
-      dynamic "memory" {
-        for_each = var.member_memory_mb[*]
-        content {
-          allocation_mb = memory.value
-        }
-      }
-
-      dynamic "disk" {
-        for_each = var.member_disk_mb[*]
-        content {
-          allocation_mb = disk.value
-        }
+    dynamic "disk" {
+      for_each = var.member_disk_mb[*]
+      content {
+        allocation_mb = disk.value
       }
     }
   }
 
-  # The provider's 60 minutes are often too few; these are those of IBM's own module.
+  dynamic "allowlist" {
+    for_each = var.allowlist
+    content {
+      address     = cidrsubnet(strcontains(allowlist.value, "/") ? allowlist.value : "${allowlist.value}/32", 0, 0)
+      description = allowlist.value
+    }
+  }
+
+  # The provider's default of 60 minutes is often too short; these are the values of IBM's own module.
   timeouts {
     create = "120m"
     update = "120m"
@@ -64,5 +66,5 @@ data "ibm_database_connection" "this" {
   deployment_id = ibm_database.elasticsearch.id
   user_type     = "database"
   user_id       = "admin"
-  endpoint_type = var.service_endpoints == "private" ? "private" : "public" # one that the database has
+  endpoint_type = var.service_endpoints == "private" ? "private" : "public" # must be an endpoint that the database has
 }

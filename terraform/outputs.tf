@@ -4,13 +4,13 @@ locals {
 }
 
 output "ES_URL" {
-  description = "Address of Elasticsearch with user and password, to be exported as it is."
+  description = "URL of Elasticsearch with user and password, ready to export."
   value       = "https://${urlencode("admin")}:${urlencode(var.elastic_password)}@${local.host.hostname}:${local.host.port}"
   sensitive   = true
 }
 
 output "ES_CA_CERT" {
-  description = "Certificate of the service's own CA (PEM): write it to a file and export the file's name."
+  description = "Certificate of the service's own CA in PEM: write it to a file and export the file's path as ES_CA_CERT."
   value       = base64decode(local.https.certificate[0].certificate_base64)
   sensitive   = true
 }

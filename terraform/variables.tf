@@ -1,7 +1,7 @@
-# The three that terraform.tfvars must hold.
+# The three variables that terraform.tfvars must set.
 
 variable "ibmcloud_api_key" {
-  description = "IBM Cloud API key with which Terraform provisions into your account."
+  description = "IBM Cloud API key that Terraform uses to create the database in your account."
   type        = string
   sensitive   = true
   nullable    = false
@@ -24,32 +24,13 @@ variable "region" {
 }
 
 variable "elastic_password" {
-  description = "Password that you make up for the database's user admin."
+  description = "Password to set for the database user admin: 15 to 72 characters (IBM's documentation says at most 32). Terraform also stores it in the state file."
   type        = string
   sensitive   = true
   nullable    = false
-
-  validation {
-    condition     = length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
-    error_message = "elastic_password must have 15 to 72 characters."
-  }
-
-  validation {
-    condition     = can(regex("^[A-Za-z0-9][A-Za-z0-9_-]*$", var.elastic_password))
-    error_message = "elastic_password may have only letters A-Z and a-z, digits, - and _, and must not begin with - or _."
-  }
-
-  validation {
-    condition = alltrue([
-      can(regex("[a-z]", var.elastic_password)),
-      can(regex("[A-Z]", var.elastic_password)),
-      can(regex("[0-9]", var.elastic_password)),
-    ])
-    error_message = "elastic_password must have a lower-case letter, an upper-case letter and a digit."
-  }
 }
 
-# All else has a default: the smallest that does the job.
+# Everything else has a default: the smallest size that does the job.
 
 variable "name" {
   description = "Name of the database in your account."
@@ -75,7 +56,7 @@ variable "resource_group" {
 }
 
 variable "plan" {
-  description = "Service plan: enterprise, or platinum, which costs more and adds Elastic's machine learning. Changing it replaces the database."
+  description = "Service plan: enterprise, or platinum, which costs more, adds Elastic's machine learning and runs on isolated machines only, so it needs an isolated host_flavor. Changing the plan replaces the database."
   type        = string
   default     = "enterprise"
   nullable    = false
@@ -84,10 +65,15 @@ variable "plan" {
     condition     = contains(["enterprise", "platinum"], var.plan)
     error_message = "plan must be enterprise or platinum."
   }
+
+  validation {
+    condition     = var.plan != "platinum" || var.host_flavor != "multitenant"
+    error_message = "plan = \"platinum\" runs on isolated machines only: also set host_flavor to an isolated flavor such as b3c.4x16.encrypted."
+  }
 }
 
 variable "elasticsearch_version" {
-  description = "Elasticsearch version, major.minor. search.py needs 8.18 or newer. Changing it upgrades the database in place."
+  description = "Elasticsearch version, major.minor; search.py needs 8.18 or newer. Changing it upgrades the database in place, one step at a time. IBM upgrades old versions by itself after five weeks' notice; every plan then fails as a downgrade until you set this to the version that the console shows. To list the versions offered: ibmcloud cdb deployables-show."
   type        = string
   default     = "8.19"
   nullable    = false
@@ -103,12 +89,12 @@ variable "elasticsearch_version" {
       tonumber(split(".", var.elasticsearch_version)[0]) == 8 && tonumber(split(".", var.elasticsearch_version)[1]) >= 18,
       false
     )
-    error_message = "elasticsearch_version must be 8.18 or newer, as search.py needs it: IBM Cloud offers \"8.19\" and \"9.1\"."
+    error_message = "elasticsearch_version must be 8.18 or newer, because search.py uses rescore_vector. To list the versions that IBM Cloud offers: ibmcloud cdb deployables-show."
   }
 }
 
 variable "service_endpoints" {
-  description = "Where the database can be reached: public (the internet), private (IBM Cloud's network) or public-and-private. The outputs give the public address where there is one."
+  description = "Where the database can be reached: public (the internet), private (IBM Cloud's network) or public-and-private. IBM's pages disagree on whether Elasticsearch can have both; if apply rejects public-and-private, choose one. The outputs give the public address if there is one. With public endpoints the provider warns that IBM recommends private ones: the warning is harmless."
   type        = string
   default     = "public"
   nullable    = false
@@ -119,19 +105,47 @@ variable "service_endpoints" {
   }
 }
 
-variable "host_flavor" {
-  description = "Size of the machines: multitenant (shared) or an isolated one such as b3c.4x16.encrypted; null leaves it to the service."
-  type        = string
-  default     = null
+variable "allowlist" {
+  description = "IPv4 addresses or CIDR ranges that may connect, for example [\"203.0.113.7\", \"198.51.100.0/24\"]. Empty: anyone who has the password. Every apply sets exactly this list, so an entry added in the console must be added here too."
+  type        = set(string)
+  default     = []
+  nullable    = false
 
   validation {
-    condition     = var.host_flavor == null || can(regex("^(multitenant|[a-z0-9]+\\.\\d+x\\d+(\\.encrypted)?)$", var.host_flavor))
+    condition = alltrue([
+      for entry in var.allowlist :
+      can(regex("^\\d+\\.\\d+\\.\\d+\\.\\d+(/\\d+)?$", entry)) && can(cidrhost(strcontains(entry, "/") ? entry : "${entry}/32", 0))
+    ])
+    error_message = "Each entry of allowlist must be an IPv4 address such as 203.0.113.7 or a range such as 198.51.100.0/24."
+  }
+
+  validation {
+    condition     = length(var.allowlist) <= 100
+    error_message = "allowlist must have at most 100 entries: combine neighboring addresses into ranges."
+  }
+}
+
+variable "deletion_protection" {
+  description = "True makes terraform destroy fail until it is set back to false and applied."
+  type        = bool
+  default     = false
+  nullable    = false
+}
+
+variable "host_flavor" {
+  description = "Machine size of each member: multitenant (shared machines, the cheapest) or an isolated flavor such as b3c.4x16.encrypted."
+  type        = string
+  default     = "multitenant"
+  nullable    = false
+
+  validation {
+    condition     = can(regex("^(multitenant|[a-z0-9]+\\.\\d+x\\d+(\\.encrypted)?)$", var.host_flavor))
     error_message = "host_flavor must be multitenant or the name of an isolated flavor such as b3c.4x16.encrypted."
   }
 }
 
 variable "member_memory_mb" {
-  description = "Memory of each of the three members in MB, on shared machines; null leaves it to the service."
+  description = "Memory of each of the three members in MB, with host_flavor multitenant only; null leaves it to the service."
   type        = number
   default     = null
 
@@ -141,13 +155,13 @@ variable "member_memory_mb" {
   }
 
   validation {
-    condition     = var.member_memory_mb == null || var.host_flavor == null || var.host_flavor == "multitenant"
-    error_message = "member_memory_mb goes with shared machines: an isolated host_flavor brings its own memory. Leave out one of the two."
+    condition     = var.member_memory_mb == null || var.host_flavor == "multitenant"
+    error_message = "member_memory_mb applies to host_flavor multitenant only: an isolated flavor has its own memory. Leave out one of the two."
   }
 }
 
 variable "member_disk_mb" {
-  description = "Disk of each of the three members in MB; null leaves it to the service. A size below what the disk has grown to blocks plan and destroy."
+  description = "Disk of each of the three members in MB; null leaves it to the service. If the disk has grown beyond this size, plan and destroy fail."
   type        = number
   default     = null
 
@@ -166,5 +180,33 @@ variable "tags" {
   validation {
     condition     = alltrue([for tag in var.tags : can(regex("^[A-Za-z0-9:_ .-]{1,128}$", tag))])
     error_message = "Each of tags must have 1 to 128 letters, digits, spaces and : _ . -"
+  }
+}
+
+# The rules for elastic_password are validations of this variable: if a variable's own validation fails, Terraform
+# prints the refused value, even if the variable is sensitive. A value of another variable stays hidden.
+variable "validate_elastic_password" {
+  description = "False skips the check of elastic_password at plan time and leaves it to IBM Cloud."
+  type        = bool
+  default     = true
+  nullable    = false
+
+  validation {
+    condition     = !var.validate_elastic_password || length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
+    error_message = "elastic_password must have 15 to 72 characters."
+  }
+
+  validation {
+    condition     = !var.validate_elastic_password || can(regex("^[A-Za-z0-9][A-Za-z0-9_-]*$", var.elastic_password))
+    error_message = "elastic_password may have only letters A-Z and a-z, digits, - and _, and must not begin with - or _."
+  }
+
+  validation {
+    condition = !var.validate_elastic_password || alltrue([
+      can(regex("[a-z]", var.elastic_password)),
+      can(regex("[A-Z]", var.elastic_password)),
+      can(regex("[0-9]", var.elastic_password)),
+    ])
+    error_message = "elastic_password must have a lowercase letter, an uppercase letter and a digit."
   }
 }

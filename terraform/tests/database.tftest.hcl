@@ -1,4 +1,4 @@
-# What apply builds and the outputs give, without IBM Cloud: terraform test
+# What apply creates and outputs, without IBM Cloud: terraform test
 
 mock_provider "ibm" {
   mock_data "ibm_resource_group" {
@@ -60,8 +60,18 @@ run "three_variables_are_enough" {
   }
 
   assert {
-    condition     = length(ibm_database.elasticsearch.group) == 0
-    error_message = "Sizes must be left to the service."
+    condition = (
+      one(ibm_database.elasticsearch.group).group_id == "member" &&
+      one(one(ibm_database.elasticsearch.group).host_flavor).id == "multitenant" &&
+      length(one(ibm_database.elasticsearch.group).memory) == 0 &&
+      length(one(ibm_database.elasticsearch.group).disk) == 0
+    )
+    error_message = "The default must be shared machines, with no size set."
+  }
+
+  assert {
+    condition     = length(ibm_database.elasticsearch.allowlist) == 0
+    error_message = "By default there must be no allowlist."
   }
 
   assert {
@@ -158,5 +168,45 @@ run "an_isolated_flavor" {
       length(one(ibm_database.elasticsearch.group).disk) == 0
     )
     error_message = "An isolated flavor brings its own memory and disk."
+  }
+}
+
+run "an_allowlist" {
+  command = apply
+
+  variables {
+    allowlist = ["203.0.113.7", "198.51.100.9/24"]
+  }
+
+  assert {
+    condition     = toset([for entry in ibm_database.elasticsearch.allowlist : entry.address]) == toset(["203.0.113.7/32", "198.51.100.0/24"])
+    error_message = "Every address and range must reach the database, as a CIDR range."
+  }
+}
+
+run "deletion_protection" {
+  command = apply
+
+  variables {
+    deletion_protection = true
+  }
+
+  assert {
+    condition     = ibm_database.elasticsearch.deletion_protection
+    error_message = "The protection must reach the database."
+  }
+}
+
+run "platinum_on_isolated_machines" {
+  command = apply
+
+  variables {
+    plan        = "platinum"
+    host_flavor = "b3c.4x16.encrypted"
+  }
+
+  assert {
+    condition     = ibm_database.elasticsearch.plan == "platinum" && one(one(ibm_database.elasticsearch.group).host_flavor).id == "b3c.4x16.encrypted"
+    error_message = "Plan and flavor must reach the database."
   }
 }

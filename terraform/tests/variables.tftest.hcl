@@ -1,4 +1,4 @@
-# What each variable takes, at its limits, and what it refuses at plan time.
+# What each variable accepts, at its limits, and what it refuses at plan time.
 
 mock_provider "ibm" {}
 
@@ -66,12 +66,81 @@ run "takes_memory_with_the_shared_flavor" {
   }
 }
 
-run "takes_the_platinum_plan" {
+run "takes_the_platinum_plan_with_an_isolated_flavor" {
+  command = plan
+
+  variables {
+    plan        = "platinum"
+    host_flavor = "b3c.4x16.encrypted"
+  }
+}
+
+run "takes_a_hundred_addresses_and_ranges" {
+  command = plan
+
+  variables {
+    allowlist = [for number in range(100) : number % 2 == 0 ? "203.0.113.${number}" : "10.${number}.0.0/16"]
+  }
+}
+
+run "refuses_the_platinum_plan_on_shared_machines" {
   command = plan
 
   variables {
     plan = "platinum"
   }
+
+  expect_failures = [var.plan]
+}
+
+run "refuses_a_hundred_and_one_addresses" {
+  command = plan
+
+  variables {
+    allowlist = [for number in range(101) : "203.0.113.${number}"]
+  }
+
+  expect_failures = [var.allowlist]
+}
+
+run "refuses_an_ipv6_address" {
+  command = plan
+
+  variables {
+    allowlist = ["2001:db8::1"]
+  }
+
+  expect_failures = [var.allowlist]
+}
+
+run "refuses_an_address_that_cannot_be" {
+  command = plan
+
+  variables {
+    allowlist = ["203.0.113.256"]
+  }
+
+  expect_failures = [var.allowlist]
+}
+
+run "refuses_a_range_that_cannot_be" {
+  command = plan
+
+  variables {
+    allowlist = ["198.51.100.0/33"]
+  }
+
+  expect_failures = [var.allowlist]
+}
+
+run "refuses_a_host_name_in_the_allowlist" {
+  command = plan
+
+  variables {
+    allowlist = ["office.example.com"]
+  }
+
+  expect_failures = [var.allowlist]
 }
 
 run "refuses_a_short_password" {
@@ -81,7 +150,7 @@ run "refuses_a_short_password" {
     elastic_password = "Abcdefghijklm1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_a_long_password" {
@@ -91,7 +160,7 @@ run "refuses_a_long_password" {
     elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_a_password_with_a_slash" {
@@ -101,7 +170,7 @@ run "refuses_a_password_with_a_slash" {
     elastic_password = "Abcdefghijklm/1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_a_password_that_begins_with_a_hyphen" {
@@ -111,7 +180,7 @@ run "refuses_a_password_that_begins_with_a_hyphen" {
     elastic_password = "-Abcdefghijklmn1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_a_password_that_begins_with_an_underscore" {
@@ -121,27 +190,27 @@ run "refuses_a_password_that_begins_with_an_underscore" {
     elastic_password = "_Abcdefghijklmn1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
-run "refuses_a_password_without_a_capital" {
+run "refuses_a_password_without_an_uppercase_letter" {
   command = plan
 
   variables {
     elastic_password = "abcdefghijklmn1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
-run "refuses_a_password_without_a_small_letter" {
+run "refuses_a_password_without_a_lowercase_letter" {
   command = plan
 
   variables {
     elastic_password = "ABCDEFGHIJKLMN1"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_a_password_without_a_digit" {
@@ -151,7 +220,7 @@ run "refuses_a_password_without_a_digit" {
     elastic_password = "Abcdefghijklmno"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_the_examples_password" {
@@ -161,7 +230,7 @@ run "refuses_the_examples_password" {
     elastic_password = "<make-up-a-password>"
   }
 
-  expect_failures = [var.elastic_password]
+  expect_failures = [var.validate_elastic_password]
 }
 
 run "refuses_no_api_key" {
