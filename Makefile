@@ -15,7 +15,7 @@ help:
 	@echo 'make clean      remove .venv and build'
 
 demo: .venv/installed
-	$(BIN)/python -m imagesearch.demo
+	$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
@@ -26,13 +26,13 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 benchmark: .venv/installed-dev
-	$(BIN)/python -m tests.benchmark
+	$(BIN)/python -m tools.benchmark
 
 neighbours: .venv/installed-dev
-	$(BIN)/python -m tests.benchmark.neighbours
+	$(BIN)/python -m tools.benchmark.neighbours
 
 readme: .venv/installed-dev
-	$(BIN)/python -m tests.readme
+	$(BIN)/python -m tools.readme
 
 pin: .venv/installed-dev
 	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade requirements.in -o requirements.txt

@@ -1,188 +1,162 @@
 #!/usr/bin/env python3
-"""Makes a CLIP embedding of every image below a folder and indexes it, for search.py to find."""
+# ruff: noqa: E402
+"""Makes a CLIP embedding of every image in a folder or bucket and indexes it, for search.py to find."""
+
+from imagesearch import cli
+
+cli.start()  # before the imports that take long
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
-from imagesearch import cli
-from imagesearch.embed import Document, Stored, Unreadable, batched, cores, embed
-from imagesearch.errors import Misuse
-from imagesearch.files import File, as_text, clean, local_path, reason, shown, walk
-from imagesearch.index import Index
-from imagesearch.models import ModelRecord, load_model
-from imagesearch.report import Interrupt, Report
+from imagesearch.documents import FileMetadata, ImageFile, IndexMetadata
+from imagesearch.embed import embed_images
+from imagesearch.errors import UsageError
+from imagesearch.index import Index, open_index
+from imagesearch.interrupt import Interrupt
+from imagesearch.models import Model, check_compatible, load_index_model, load_model
+from imagesearch.parallel import batched
+from imagesearch.paths import path_from_text, path_to_text, quote_path
+from imagesearch.progress import Progress
+from imagesearch.prune import check_prune, prune
+from imagesearch.retry import RetryPolicy
+from imagesearch.sources import BUCKET_URL, Source, open_source
 
 EXAMPLES = """\
-  python3 create.py                          index ./images
-  python3 create.py --images ~/photos --prune
-                                             also forget the photos that are gone
+  python3 create.py                            index ./images
+  python3 create.py --images ~/photos --prune  also delete the documents of photos that are gone
+  python3 create.py --images s3://birds/photos index a bucket
   python3 create.py --model thumbnail --index tryout
-                                             try it without downloading CLIP
+                                               try it without downloading CLIP
 """
 
-PAGE = 1000  # files looked up in the index at once
+PAGE_SIZE = 1000  # images that are looked up in the index at once
 
 
 def main() -> int:
-    arguments = parse()
-    report, interrupt = Report(), Interrupt()
-
-    def pause(seconds: float, why: str) -> bool:
-        report.say(why)
-        return interrupt.wait(seconds)
-
-    with cli.open_index(arguments, pause, arguments.patience) as index:
-        check_folder(arguments.images)
-        exists = index.model() is not None  # asked before CLIP is downloaded, to fail sooner
-        model = load_model(arguments.model, threads=1)
-        if not exists:
-            index.create(model.record)
-        check_model(index.model(), model.record, arguments)  # another run may have created it meanwhile
-        with interrupt, report:
-            if report.shown:
-                everything = interrupt.until(quiet_walk(arguments.images))
-                report.expect(sum(1 for file in everything if arguments.part.has(file.id)))
-            files = walk(arguments.images, report.pass_over, report.cannot_read)
-            ours = (file for file in interrupt.until(files) if arguments.part.has(file.id))
-            index.refresh()  # what a run that was killed has written is not to be embedded again
-            changed = compare(ours, index, report)
-            documents = readable(embed(interrupt.until(changed), model, workers=cores()), report)
+    arguments = parse_arguments()
+    progress, interrupt = Progress(), Interrupt()
+    retry = RetryPolicy(arguments.retry_timeout, interrupt.sleep, progress.on_retry)
+    with open_index(arguments.index, cli.connect(arguments), arguments.db, retry) as index:
+        metadata = index.get_metadata()
+        source = open_source(arguments.images, index_folder(metadata), retry)
+        check_source(source, index, metadata, arguments)
+        model = prepare_index(index, metadata, arguments.model)
+        with interrupt, progress:
+            if progress.is_terminal:
+                progress.start_bar(sum(1 for _ in interrupt.until_interrupted(find_images(source, arguments.part))))
+            index.refresh()  # what an interrupted run has written is not embedded again
+            images = find_images(source, arguments.part, progress)
+            changed = find_changed(interrupt.until_interrupted(images), index, progress)
+            candidates = interrupt.until_interrupted(changed)
+            documents = embed_images(candidates, source, model, index.find_embeddings, progress.count_unreadable)
             for document in index.write(documents):
-                report.wrote(document)
+                progress.count_written(document)
             if arguments.prune and not interrupt.signal:
-                report.deleted = prune(index, arguments.images, arguments.part)
+                progress.deleted = prune(index, source, arguments.part.contains)
             index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal
-    return 1 if report.unreadable else 0
+    return 1 if progress.unreadable else 0
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "--images", metavar="DIR", type=clean, default=clean("images"), help="the folder (default: images)"
+        "--images",
+        metavar="DIR|URL",
+        type=cli.location,
+        action=cli.StoreOnce,
+        default="images",
+        help="a folder, or a bucket as s3://bucket/folder, gs://… or az://… (default: images)",
     )
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
-        default="clip",
-        help="clip (default; downloaded once), thumbnail (built in, 16x16 pixels),"
-        " or an ONNX file with imgbeddings' input and output",
+        help="clip (downloaded once), thumbnail (built in, 16x16 pixels), or an ONNX file with imgbeddings' input and"
+        " output (default: the model of the index; clip for a new index)",
     )
-    parser.add_argument("--prune", action="store_true", help="delete the documents below DIR whose files are gone")
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="also delete the documents below DIR whose files are gone, unless those are all of them",
+    )
+    parser.add_argument("--prune-all", action="store_true", help="like --prune, even if none of the files is left")
     parser.add_argument(
         "--part",
         metavar="I/N",
-        type=part,
-        default=Part(1, 1),
+        type=cli.part,
+        default=cli.Part(1, 1),
         help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
     )
     parser.add_argument(
-        "--patience",
+        "--retry-timeout",
         metavar="SECONDS",
-        type=seconds,
+        type=cli.seconds,
         default=120,
-        help="how long to wait for an Elasticsearch that goes away during the run (default: 120)",
+        help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; does not"
+        " apply to its start (default: 120)",
     )
     parser.add_index_options()
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.prune |= arguments.prune_all
+    return arguments
 
 
-def seconds(text: str) -> float:
-    """A number of seconds for --patience."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be a number of seconds")
-    return value
+def index_folder(metadata: IndexMetadata | None) -> str:
+    """Returns the folder that the index's relative paths belong to: the one it was created in."""
+    return path_from_text(metadata.folder) if metadata else os.path.realpath(os.curdir)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The `number`-th of `of` parts of the images; together they are all, and no image is in two."""
-
-    number: int
-    of: int
-
-    def has(self, name: str) -> bool:
-        """Whether the document with this `_id`, a SHA-256 in hex, is in this part."""
-        return int(name[:16], 16) % self.of == self.number - 1
-
-
-def part(text: str) -> Part:
-    """The part that `2/5` names."""
-    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
-    if not found or int(found[1]) > int(found[2]):
-        raise argparse.ArgumentTypeError("must be I/N with I from 1 to N, for example 2/5")
-    return Part(int(found[1]), int(found[2]))
-
-
-def quiet_walk(folder: str) -> Iterator[File]:
-    """The image files below `folder`, with nothing said of the rest."""
-    return walk(folder, lambda path: None, lambda path, reason: None)
-
-
-def check_folder(folder: str) -> None:
-    """Raises Misuse where `folder` cannot be listed or has no images."""
-    try:
-        os.scandir(folder).close()
-    except OSError as error:
-        raise Misuse(
-            f"{shown(folder)}: {reason(error)}. Put your images there, or name their folder with --images."
-        ) from None
-    if next(quiet_walk(folder), None) is None:
-        raise Misuse(f"There are no images below {shown(folder)}. Put some there, or name their folder with --images.")
-
-
-def check_model(made_by: ModelRecord | None, model: ModelRecord, arguments: argparse.Namespace) -> None:
-    """Raises Misuse where the index was made by another model: the two kinds of embedding cannot be compared."""
-    if made_by and not made_by.same_as(model):
-        raise Misuse(
-            f"The index {arguments.index} was made with --model {shown(made_by.model)}, which differs from"
-            f" {shown(model.model)}: use the same model, or another index with --index."
+def check_source(source: Source, index: Index, metadata: IndexMetadata | None, arguments: argparse.Namespace) -> None:
+    """Raises UsageError if there are no images, or if --prune might delete what it should not."""
+    source.check()
+    if arguments.prune and metadata:
+        is_relative = not (os.path.isabs(arguments.images) or BUCKET_URL.match(arguments.images))
+        if is_relative and index_folder(metadata) != os.path.realpath(os.curdir):
+            raise UsageError(
+                f"The relative paths in the index {arguments.index} belong to {quote_path(metadata.folder)}:"
+                " run --prune there, or use --images with an absolute path."
+            )
+        if not arguments.prune_all:
+            check_prune(index, source)
+    if next(find_images(source), None) is None and not (arguments.prune_all and metadata):
+        raise UsageError(
+            f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their folder."
         )
 
 
-def compare(files: Iterable[File], index: Index, report: Report) -> Iterator[tuple[File, Stored | None]]:
-    """The files that the index does not have as they are, each with what it has of them."""
-    for page in batched(files, PAGE):
-        stored = index.stored([file.id for file in page])
-        for file in page:
-            known = stored.get(file.id)
-            if known and (known.size, known.mtime) == (file.size, file.mtime):
-                report.leave()
+def prepare_index(index: Index, metadata: IndexMetadata | None, name: str | None) -> Model:
+    """Returns the index's model; creates the index if there is none. Raises UsageError for another model."""
+    if metadata:
+        return load_index_model(metadata.model, name, threads=1)
+    model = load_model(name or "clip", threads=1)
+    index.create(IndexMetadata(model.info, path_to_text(index_folder(None))))
+    if created := index.get_metadata():  # perhaps by another run, with another model
+        check_compatible(created.model, model.info)
+    return model
+
+
+def find_images(source: Source, part: cli.Part | None = None, progress: Progress | None = None) -> Iterator[ImageFile]:
+    """Yields the images of the source that are in this part; tells `progress`, if given, about other files."""
+    on_skip = progress.count_skipped if progress else lambda kind: None
+    on_error = progress.count_unreadable if progress else lambda path, reason: None
+    return (image for image in source.find_images(on_skip, on_error) if part is None or part.contains(image.id))
+
+
+def find_changed(
+    images: Iterable[ImageFile], index: Index, progress: Progress
+) -> Iterator[tuple[ImageFile, FileMetadata | None]]:
+    """Yields the images that the index does not hold as they are, each with what it holds of it."""
+    for page in batched(images, PAGE_SIZE):
+        indexed = index.get_file_metadata([image.id for image in page])
+        for image in page:
+            known = indexed.get(image.id)
+            if known and (known.size, known.mtime) == (image.size, image.mtime):
+                progress.count_unchanged()
             else:
-                yield file, known
-
-
-def readable(results: Iterable[Document | Unreadable], report: Report) -> Iterator[Document]:
-    """The documents among `results`; the rest is reported."""
-    for result in results:
-        if isinstance(result, Document):
-            yield result
-        else:
-            report.cannot_read(result.path, result.reason)
-
-
-def prune(index: Index, folder: str, part: Part) -> int:
-    """Deletes the documents of `part` below `folder` whose files are gone; gives how many."""
-    return sum(
-        index.delete([name for name, file_path in page if part.has(name) and gone(local_path(file_path))])
-        for page in batched(index.paths(as_text(folder)), PAGE)
-    )
-
-
-def gone(path: str) -> bool:
-    """Whether there is no such file. One that cannot be looked at is not gone."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
-    return False
+                yield image, known
 
 
 if __name__ == "__main__":

@@ -1,109 +1,117 @@
 #!/usr/bin/env python3
+# ruff: noqa: E402
 """Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each IMAGE."""
 
+from imagesearch import cli
+
+cli.start()  # before the imports that take long
+
 import argparse
+import difflib
 import json
-from pathlib import Path
 from typing import Any
 
-from imagesearch import cli
-from imagesearch.embed import Unreadable, cores, embed
-from imagesearch.errors import Failure, Misuse
-from imagesearch.files import File, as_text, reason, shown
-from imagesearch.models import Model, ModelRecord, load_model
+from imagesearch.embed import embed_queries
+from imagesearch.errors import UsageError
+from imagesearch.index import Index, open_index
+from imagesearch.models import load_index_model
+from imagesearch.parallel import available_cpus
+from imagesearch.paths import path_to_text, quote_path
+from imagesearch.results_page import Page, check_page_path
+from imagesearch.sources import open_query, query_name
 
 EXAMPLES = """\
   python3 search.py myimage.jpg                    the nearest image
   python3 search.py -k 10 --desc Bald_Eagle a.jpg  the ten nearest in one class
   python3 search.py -k 12 --html results.html a.jpg
-                                                   a page of the twelve nearest
+                                                   a page with the twelve nearest
+  python3 search.py https://example.com/a.jpg s3://birds/b.jpg - < c.jpg
+                                                   images from the web, a bucket and standard input
   python3 search.py *.jpg | jq '.hits.hits[0].fields.file_path[0]'
 """
 
-GREATEST_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
+MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 
 
 def main() -> int:
-    arguments = parse()
-    answers = []
+    arguments = parse_arguments()
     code = 0
-    with cli.open_index(arguments, lambda seconds, why: False, 0) as index:
-        made_by = index.model()
-        if made_by is None:
-            raise Misuse(
-                f"There is no index {arguments.index} yet: make it with create.py, or name another with --index."
+    with open_index(arguments.index, cli.connect(arguments), arguments.db) as index:
+        metadata = index.get_metadata()
+        if metadata is None:
+            raise UsageError(
+                f"There is no index {arguments.index} yet: make it with create.py, or use --index with another name."
             )
-        one = len(arguments.image) == 1
-        model = load(made_by, arguments.model, threads=cores() if one else 1)
-        queries = ((File(path, 0, 0), None) for path in arguments.image)
-        for query in embed(queries, model, workers=1 if one else cores()):
-            if isinstance(query, Unreadable):
-                cli.say(f"Cannot read {shown(query.path)}: {query.reason}")
+        threads = available_cpus() if len(arguments.image) == 1 else 1
+        model = load_index_model(metadata.model, arguments.model, threads)
+        page = Page(arguments.html, index, metadata.folder) if arguments.html else None
+        opener = page.open_query if page else open_query
+        for query, embedding in embed_queries(arguments.image, opener, model):
+            if isinstance(embedding, str):
+                reason = f"Cannot read {quote_path(query_name(query))}: {embedding}"
+                cli.say(reason)
+                cli.write_line(json.dumps({"error": {"type": "image_error", "reason": reason}, "status": 400}))
                 code = 1
                 continue
-            assert query.embedding is not None
-            response = index.search(query.embedding, arguments.k, arguments.desc)
-            if not response["hits"]["hits"]:
-                if arguments.desc is None:
-                    raise Misuse(f"The index {arguments.index} is empty: fill it with create.py.")
-                cli.say(f"There is no image of class {shown(arguments.desc)} in the index {arguments.index}.")
-            if response["_shards"]["failed"] or response["timed_out"]:
-                cli.say("Warning: a part of the index did not answer: there may be nearer images.")
-                code = 1
-            print(json.dumps(response), flush=True)
-            answers.append((query.file.path, response))
-    if arguments.html:
-        write_html(arguments.html, answers)
+            response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score)
+            code |= check_response(response, index, arguments)
+            cli.write_line(json.dumps(response))
+            if page:
+                page.add(query, response)
+        if page and page.write():
+            cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
     return code
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("image", metavar="IMAGE", nargs="+", help="an image file to search for")
-    parser.add_argument("-k", metavar="N", type=neighbours, default=1, help="how many nearest images (default: 1)")
-    parser.add_argument("--desc", metavar="NAME", type=as_text, help="search only images of this class (their folder)")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the results as a page to look at, too")
     parser.add_argument(
-        "--model", metavar="FILE", help="where the index's ONNX model is, if not where create.py found it"
+        "image",
+        metavar="IMAGE",
+        nargs="+",
+        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input",
     )
+    parser.add_argument("-k", metavar="N", type=number_of_images, default=1, help="how many images (default: 1)")
+    parser.add_argument("--desc", metavar="NAME", type=path_to_text, help="only images of this class (their folder)")
+    parser.add_argument("--min-score", metavar="S", type=score, help="only images that score at least S, from 0 to 1")
+    parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
+    parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.html is not None:
+        arguments.html = check_page_path(arguments.html, arguments.image)
+    return arguments
 
 
-def neighbours(text: str) -> int:
-    """A number for -k that Elasticsearch takes."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= GREATEST_K):
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to {GREATEST_K}")
+def number_of_images(text: str) -> int:
+    """Returns the number of -k, which Elasticsearch limits."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_K):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_K}")
     return int(text)
 
 
-def load(made_by: ModelRecord, name: str | None, threads: int) -> Model:
-    """The model that made the index. Raises Misuse where it cannot be had, or `name` is another."""
-    try:
-        model = load_model(name or made_by.model, threads)
-    except Misuse as misuse:
-        if name or made_by.model in ("clip", "thumbnail"):
-            raise
-        raise Misuse(
-            f"The index was made with the model {shown(made_by.model)}: say where it is now with --model FILE."
-        ) from misuse
-    if not made_by.same_as(model.record):
-        raise Misuse(
-            f"The index was made with --model {shown(made_by.model)}, and {shown(model.record.model)} is not the same:"
-            " give that model with --model FILE, or make an index with this one."
-        )
-    return model
+def score(text: str) -> float:
+    """Returns the score of --min-score."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1")
+    return value
 
 
-def write_html(path: Path, answers: list[tuple[str, dict[str, Any]]]) -> None:
-    """Writes the page of results. Raises Failure where that cannot be."""
-    from imagesearch.gallery import write_page
-
-    try:
-        write_page(path, answers)
-    except OSError as error:
-        raise Failure(f"{shown(str(path))} cannot be written: {reason(error)}. Give another file to --html.") from None
-    cli.say(f"The page of results is {shown(str(path))}.")
+def check_response(response: dict[str, Any], index: Index, arguments: argparse.Namespace) -> int:
+    """Says what is missing from a response; returns the exit code. Raises UsageError if the index is empty."""
+    if response["_shards"]["failed"] or response["timed_out"]:
+        cli.say("Warning: a part of the index did not answer; there may be nearer images.")
+        return 1
+    if response["hits"]["hits"] or arguments.min_score is not None:
+        return 0
+    classes = index.count_classes()
+    if not classes:
+        raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
+    nearest = difflib.get_close_matches(arguments.desc or "", classes, cutoff=0.5)
+    hint = f"; the nearest of its {len(classes):,} classes: {', '.join(map(quote_path, nearest))}" if nearest else ""
+    cli.say(f"The index {arguments.index} has no image of class {quote_path(arguments.desc or '')}{hint}.")
+    return 0
 
 
 if __name__ == "__main__":

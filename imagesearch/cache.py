@@ -2,43 +2,92 @@
 
 import contextlib
 import hashlib
+import json
 import os
-import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
-    """`imagesearch` in the user's cache folder; it may be deleted at any time."""
+    """Returns `imagesearch` in the user's cache folder; it may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagesearch"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to, moved to `path` when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, which replaces `path` when the block succeeds.
 
     So `path` is never seen half-written, whoever else reads or writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        temporary.unlink(missing_ok=True)
 
 
 def model_sha256(path: Path) -> str:
-    """SHA-256 of the file in hex, remembered for as long as its place, size and time stay the same."""
-    status = path.stat()
-    key = f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
-    remembered = cache_folder() / (hashlib.sha256(os.fsencode(key)).hexdigest() + ".sha256")
-    with contextlib.suppress(OSError):
-        return remembered.read_text()
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError), replacing(remembered) as temporary:  # no cache: hashed each time
-        temporary.write_text(sha256)
+    """Returns the hash, in hex, of the ONNX model in `path` with the files of its external data.
+
+    For a model without external data it is the SHA-256 of the file. It is remembered as long as
+    every file's size and mtime stay the same.
+    """
+    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    remembered = cache_folder() / f"{key}.sha256"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or damaged: it is hashed again
+        record = json.loads(remembered.read_text())
+        files = [Path(name) for name, *_ in record["files"]]
+        if files[0] == path and record["files"] == [_identity(file) for file in files]:
+            return str(record["sha256"])
+    names = [path.name, *_external_data(path)]
+    hashes = [_file_sha256(path.parent / name) for name in names]
+    sha256 = hashes[0] if len(names) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    record = {"files": [_identity(path.parent / name) for name in names], "sha256": sha256}
+    with contextlib.suppress(OSError), atomic_write(remembered) as temporary:  # without a cache, it is hashed each time
+        temporary.write_text(json.dumps(record))
     return sha256
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _external_data(path: Path) -> list[str]:
+    """Returns the names, sorted, of the files beside `path` that hold weights of its ONNX model.
+
+    https://onnx.ai/onnx/repo-docs/ExternalData.html
+    """
+    import onnx  # takes a quarter of a second to import, and is needed once for each model
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # not an ONNX model; loading it says so
+        return []
+    names = set()
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        attributes = [attribute for node in graph.node for attribute in node.attribute]
+        graphs += [sub for attribute in attributes for sub in (attribute.g, *attribute.graphs) if sub.node]
+        tensors = [
+            *graph.initializer,
+            *(tensor for attribute in attributes for tensor in (attribute.t, *attribute.tensors)),
+        ]
+        names |= {
+            entry.value
+            for tensor in tensors
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+    return sorted(name for name in names if (path.parent / name).is_file())

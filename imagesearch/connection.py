@@ -1,106 +1,121 @@
-"""Where Elasticsearch is and how to get in, from the environment."""
+"""Where Elasticsearch is and how to authenticate, from the environment."""
 
 import base64
 import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from imagesearch.errors import Misuse
-from imagesearch.files import shown
+from imagesearch.errors import UsageError
+from imagesearch.paths import quote_path
 
-SHAPE = "https://user:password@host:port, with special characters percent-encoded"
+URL_FORMAT = "https://user:password@host:port, with special characters percent-encoded"
 
 
 @dataclass(frozen=True)
 class Connection:
-    """One Elasticsearch: the addresses of its nodes without credentials, and how to get in.
+    """How to connect and authenticate to one Elasticsearch cluster.
 
-    `ca` is a PEM file's path, None for the CAs that the client brings. What is secret is not in the repr.
+    `hosts` are its nodes' URLs without credentials. `ca_certs` is the path of a PEM file, None for
+    the CAs that the client libraries bring. Secrets are not in the repr.
     """
 
-    urls: tuple[str, ...]
-    user: str | None
-    password: str | None = field(repr=False)
-    api_key: str | None = field(repr=False)
-    ca: str | None
-    insecure: bool
+    hosts: tuple[str, ...]
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+    ca_certs: str | None = None
+    verify_certs: bool = True
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], verify_certs: bool = True) -> Self | None:
+        """Returns what ES_URL, ES_API_KEY and ES_CA_CERT say; None if ES_URL is not set or empty.
+
+        ES_URL may name several nodes of one cluster, separated by commas. Raises UsageError, which
+        shows no secret, for values that cannot work.
+        """
+        if not environ.get("ES_URL", "").strip():
+            return None
+        urls = [parse_url(text) for text in environ["ES_URL"].split(",")]
+        credentials = {(url.username, url.password) for url in urls if url.username or url.password}
+        if len(credentials) > 1:
+            raise UsageError("ES_URL has different users or passwords for the nodes of one cluster: use one for all.")
+        username, password = credentials.pop() if credentials else (None, None)
+        api_key = environ.get("ES_API_KEY") or None
+        if api_key and username:
+            raise UsageError("ES_API_KEY is set, and ES_URL has a user and password too: use one of the two.")
+        if username and password is None:
+            raise UsageError(f"ES_URL has a user but no password. It must look like {URL_FORMAT}.")
+        if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise UsageError("ES_API_KEY has characters that an API key cannot have: use the key's `encoded` value.")
+        ca_certs = environ.get("ES_CA_CERT") or None
+        connection = cls(
+            hosts=tuple(f"{url.scheme}://{_host_and_port(url)}{url.path.rstrip('/')}" for url in urls),
+            username=None if username is None else unquote(username),
+            password=None if password is None else unquote(password),
+            api_key=api_key,
+            ca_certs=None if ca_certs is None else os.path.expanduser(ca_certs),
+            verify_certs=verify_certs,
+        )
+        connection.ssl_context()  # a file that is not a certificate is reported before anything else
+        return connection
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Returns the context in which both clients verify with `ca_certs`; None without it.
+
+        Python 3.13 and newer also check that every certificate follows RFC 5280 to the letter, which
+        the CA certificates of IBM Cloud Databases do not (basicConstraints is not critical, keyUsage
+        is missing). If the user names the CA, that adds nothing: only that check is turned off;
+        the chain and the host name are verified as always.
+        """
+        if self.ca_certs is None or not self.verify_certs:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.ca_certs)
+        except ssl.SSLError:
+            raise UsageError(
+                f"ES_CA_CERT must name a file of PEM certificates: {quote_path(self.ca_certs)[:200]} is not one."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"ES_CA_CERT must name a file of PEM certificates: {quote_path(self.ca_certs)[:200]}"
+                f" cannot be read ({error.strerror})."
+            ) from None
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return context
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request carries to be let in."""
+        """The headers that authenticate a request."""
         if self.api_key:
             return {"Authorization": f"ApiKey {self.api_key}"}
-        if self.user:
-            return {"Authorization": "Basic " + base64.b64encode(os.fsencode(f"{self.user}:{self.password}")).decode()}
+        if self.username:
+            credentials = os.fsencode(f"{self.username}:{self.password}")
+            return {"Authorization": "Basic " + base64.b64encode(credentials).decode()}
         return {}
 
-    @property
-    def place(self) -> str:
-        """The addresses as messages name them."""
-        return ", ".join(self.urls)
+    def __str__(self) -> str:
+        """The hosts, as messages name them."""
+        return ", ".join(self.hosts)
 
 
-def connection(environment: Mapping[str, str], insecure: bool) -> Connection | None:
-    """What `ES_URL`, `ES_API_KEY` and `ES_CA_CERT` say; None where `ES_URL` is not set or empty.
-
-    `ES_URL` may name several nodes of one cluster, separated by commas.
-    Raises Misuse, which shows no secret, for values that cannot work.
-    """
-    if not environment.get("ES_URL", "").strip():
-        return None
-    addresses = [address(text) for text in environment["ES_URL"].split(",")]
-    users = {(part.username, part.password) for part in addresses if part.username or part.password}
-    if len(users) > 1:
-        raise Misuse("ES_URL names different users or passwords for the nodes of one cluster: give one.")
-    user, password = users.pop() if users else (None, None)
-    api_key = environment.get("ES_API_KEY") or None
-    if api_key and user:
-        raise Misuse("ES_API_KEY is set and ES_URL has a user and password too: give one of the two.")
-    if user and password is None:
-        raise Misuse(f"ES_URL has a user but no password. It must look like {SHAPE}.")
-    if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise Misuse("ES_API_KEY has characters that no key has: give the `encoded` value of the key.")
-    return Connection(
-        urls=tuple(f"{part.scheme}://{host(part)}{part.path.rstrip('/')}" for part in addresses),
-        user=None if user is None else unquote(user),
-        password=None if password is None else unquote(password),
-        api_key=api_key,
-        ca=certificate(environment.get("ES_CA_CERT") or None),
-        insecure=insecure,
-    )
-
-
-def address(text: str) -> SplitResult:
-    """One node's URL, checked. Raises Misuse."""
+def parse_url(text: str) -> SplitResult:
+    """Returns the parts of one node's URL. Raises UsageError if it cannot be one."""
     text = text.strip()
     try:
-        part = urlsplit(text)
-        valid = part.scheme in ("http", "https") and part.hostname and part.port != 0
-    except ValueError:  # a port that is no number, brackets that do not match
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # the port is not a number, or brackets do not match
         valid = False
-    # An @ behind the host belongs to a password with a slash in it, which would otherwise show as a path.
-    if not valid or any(character.isspace() for character in text) or part.query or part.fragment or "@" in part.path:
-        raise Misuse(f"ES_URL is not an address of Elasticsearch. It must look like {SHAPE}.")
-    return part
+    # An @ after the host belongs to a password with a slash in it, which would otherwise show as a path.
+    if not valid or any(character.isspace() for character in text) or url.query or url.fragment or "@" in url.path:
+        raise UsageError(f"ES_URL is not the URL of an Elasticsearch. It must look like {URL_FORMAT}.")
+    return url
 
 
-def host(part: SplitResult) -> str:
-    """host:port, with the scheme's own port where none is given."""
-    name = part.hostname or ""
-    return f"{f'[{name}]' if ':' in name else name}:{part.port or {'http': 80, 'https': 443}[part.scheme]}"
-
-
-def certificate(path: str | None) -> str | None:
-    """`path`, when it is None or a file of PEM certificates. Raises Misuse."""
-    if path is None:
-        return None
-    try:
-        ssl.create_default_context(cafile=os.path.expanduser(path))
-    except ssl.SSLError:
-        raise Misuse(f"ES_CA_CERT must name a file of PEM certificates: {shown(path)[:200]} is none.") from None
-    except OSError as error:
-        why = f"{shown(path)[:200]} cannot be read ({error.strerror})"
-        raise Misuse(f"ES_CA_CERT must name a file of PEM certificates: {why}.") from None
-    return os.path.expanduser(path)
+def _host_and_port(url: SplitResult) -> str:
+    """Returns host:port, with the scheme's default port if none is given."""
+    host = url.hostname or ""
+    return f"{f'[{host}]' if ':' in host else host}:{url.port or {'http': 80, 'https': 443}[url.scheme]}"

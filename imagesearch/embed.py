@@ -1,168 +1,172 @@
-"""From files to embeddings: decoding on threads ahead of the model, the model on batches."""
+"""Images to embeddings on all CPUs, one image at a time."""
 
+import contextlib
 import functools
 import hashlib
-import itertools
-import math
-import os
-import stat
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imagesearch.files import File, read, reason
+from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate
+from imagesearch.errors import ImageSearchError, describe_error
+from imagesearch.images import read_image
 from imagesearch.models import Model
+from imagesearch.parallel import available_cpus, map_buffered
+from imagesearch.sources import OnError, Source
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Embedding = NDArray[np.float32]
 
-# Batches of 8 to 16 are where Onnx Runtime is fastest on this model (`make benchmark`).
-BATCH = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What the index holds of a file: its size in bytes, mtime in nanoseconds and content's SHA-256 in hex."""
-
-    size: int
-    mtime: int
-    sha256: str
+# Threads for each CPU: one works, the others open the next images, which takes long in a bucket.
+READERS_PER_CPU = 8
+BUFFER_PER_CPU = 32  # results, of 3 kB each, that may wait for the index
+RECENT_SIZE = 4096  # embeddings kept for copies of images that a search may not find yet
+LOOKUP_SIZE = 1000  # contents in one look-up
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """What is to be written for one file.
+class _Unreadable:
+    """Why there is no embedding of an image or query."""
 
-    `embedding` has shape (768,); None says that the index has it already, as the content is the same.
-    `stored` is what the index held before, None for a new file.
-    """
-
-    file: File
-    stored: Stored | None
-    sha256: str
-    embedding: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """A file that gave no embedding, and why, in a few words."""
-
-    path: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A file as `Model.pixels` has it; `pixels` is None where the content is what the index holds."""
+def embed_images(
+    candidates: Iterable[tuple[ImageFile, FileMetadata | None]],
+    source: Source,
+    model: Model,
+    find_embeddings: Callable[[Sequence[str]], dict[str, Embedding]],
+    on_error: OnError,
+) -> Iterator[Document | MetadataUpdate]:
+    """Yields what is to be written for each image, in order.
 
-    file: File
-    stored: Stored | None
-    sha256: str
-    pixels: NDArray[np.uint8] | None
-
-
-def embed(files: Iterable[tuple[File, Stored | None]], model: Model, workers: int) -> Iterator[Document | Unreadable]:
-    """The document of each file, in order; at most a few batches are under way at any time.
-
-    `workers` batches are embedded at once, and as many files decoded.
+    A candidate is an image and what the index holds of it. The embedding of content that is in the
+    index already, or was embedded a moment ago, is copied. `on_error` is told of each image that
+    cannot be read. Memory is bounded, however many the images.
     """
-    with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(workers) as embedders:
-        loaded = ahead(decoders, functools.partial(load, model), files, (workers + 2) * BATCH)
-        for batch in ahead(embedders, functools.partial(embed_batch, model), batched(loaded, BATCH), workers + 1):
-            yield from batch
+    cpus = available_cpus()
+    slots = threading.Semaphore(cpus)
+    with _Embeddings(find_embeddings) as known, ThreadPoolExecutor(READERS_PER_CPU * cpus) as readers:
+
+        def embed_one(
+            candidate: tuple[ImageFile, FileMetadata | None],
+        ) -> tuple[ImageFile, Document | MetadataUpdate | _Unreadable]:
+            image, indexed = candidate
+            try:
+                with source.open_image(image) as (image, stream):
+                    with slots:
+                        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+                    if indexed and indexed.sha256 == sha256:
+                        return image, MetadataUpdate(image)
+                    embedding, is_copy = known.get(sha256, functools.partial(_embed, stream, model, slots))
+                    return image, Document(image, sha256, embedding, indexed is not None, is_copy)
+            except ImageSearchError:  # the source is away for good: the run ends
+                raise
+            except Exception as error:  # Pillow raises nearly anything for a damaged file
+                return image, _Unreadable(describe_error(error))
+
+        for image, result in map_buffered(readers, embed_one, candidates, BUFFER_PER_CPU * cpus):
+            if isinstance(result, _Unreadable):
+                on_error(image.file_path, result.reason)
+            else:
+                yield result
 
 
-def load(model: Model, candidate: tuple[File, Stored | None]) -> Loaded | Unreadable:
-    """Reads one file: its hash, and its pixels unless the hash is what the index holds."""
-    file, stored = candidate
-    try:
-        if not stat.S_ISREG(os.stat(file.path).st_mode):  # opening a pipe could wait for ever
-            return Unreadable(file.path, "not a regular file")
-        with open(file.path, "rb") as stream:
-            status = os.fstat(stream.fileno())  # of what is read, whatever the walk saw
-            file = replace(file, size=status.st_size, mtime=status.st_mtime_ns)
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            if stored and stored.sha256 == sha256:
-                return Loaded(file, stored, sha256, None)
-            stream.seek(0)
-            return Loaded(file, stored, sha256, model.pixels(read(stream)))
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
-        return Unreadable(file.path, reason(error))
+def embed_queries(
+    queries: Sequence[str], open_query: Callable[[str], AbstractContextManager[BinaryIO]], model: Model
+) -> Iterator[tuple[str, Embedding | str]]:
+    """Yields each query with its embedding, in order, or with the reason why there is none."""
+    cpus = available_cpus()
+    slots = threading.Semaphore(cpus)
 
-
-def embed_batch(model: Model, batch: list[Loaded | Unreadable]) -> list[Document | Unreadable]:
-    """The documents of a batch, in order."""
-    pixels = [item.pixels for item in batch if isinstance(item, Loaded) and item.pixels is not None]
-    embeddings = iter(model.embed(pixels) if pixels else ())
-    results: list[Document | Unreadable] = []
-    for item in batch:
-        if isinstance(item, Unreadable):
-            results.append(item)
-            continue
-        embedding = None if item.pixels is None else next(embeddings)
-        if embedding is not None and not (np.isfinite(embedding).all() and embedding.any()):
-            results.append(Unreadable(item.file.path, "the model gives it no usable embedding (zero or not finite)"))
-        else:
-            results.append(Document(item.file, item.stored, item.sha256, embedding))
-    return results
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int
-) -> Iterator[Result]:
-    """`map(function, items)` on the pool's threads, in order, at most `window` calls ahead of the reader."""
-    pending: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:  # the reader has stopped early
-        for future in pending:
-            future.cancel()
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter (`itertools.batched` is there from Python 3.12 on)."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def cores() -> int:
-    """How many CPUs this process may use: its affinity and its cgroups' quotas, not the machine's size."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        cgroups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:  # not Linux
-        return count
-    for _, controllers, name in cgroups:
-        if controllers and "cpu" not in controllers.split(","):  # version 2 names none
-            continue
-        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", name.lstrip("/"))
-        for group in (folder, *folder.parents):
-            count = int(min(count, max(1, quota(group))))
-    return count
-
-
-def quota(cgroup: Path) -> float:
-    """How many CPUs' time the cgroup of this folder has, by version 2 or 1; infinite where it sets no limit.
-
-    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
-    """
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+    def embed_one(query: str) -> tuple[str, Embedding | str]:
         try:
-            time, period = " ".join((cgroup / name).read_text() for name in names).split()
-        except (OSError, ValueError):  # the other version's file, or none
-            continue
-        if time not in ("max", "-1"):
-            return int(time) / int(period)
-    return math.inf
+            with open_query(query) as stream:
+                return query, _embed(stream, model, slots)
+        except ImageSearchError:
+            raise
+        except Exception as error:
+            return query, describe_error(error)
+
+    with ThreadPoolExecutor(min(len(queries), READERS_PER_CPU * cpus)) as readers:
+        yield from map_buffered(readers, embed_one, queries, BUFFER_PER_CPU * cpus)
+
+
+def _embed(stream: BinaryIO, model: Model, slots: threading.Semaphore) -> Embedding:
+    """Returns the embedding of the image in `stream`. Raises ValueError if the model gives none that is usable."""
+    with slots:
+        stream.seek(0)
+        embedding = model.embed(model.preprocess(read_image(stream)))
+    with np.errstate(over="ignore"):
+        length = np.sqrt(np.dot(embedding, embedding))
+    if not (np.isfinite(length) and length > 0):
+        raise ValueError("the model gives it no usable embedding (zero, or not finite)")
+    return embedding
+
+
+class _Embeddings:
+    """The embeddings of contents, by SHA-256: computed once, or copied from the index.
+
+    Look-ups of all threads are sent together: what has gathered while one is under way is the next one.
+    """
+
+    def __init__(self, find_embeddings: Callable[[Sequence[str]], dict[str, Embedding]]) -> None:
+        self._find_embeddings = find_embeddings
+        self._requests: SimpleQueue[tuple[str, Future[Embedding | None]] | None] = SimpleQueue()
+        self._recent: dict[str, Future[Embedding]] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._look_up, daemon=True)
+
+    def __enter__(self) -> "_Embeddings":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._requests.put(None)
+        self._thread.join()
+
+    def get(self, sha256: str, compute: Callable[[], Embedding]) -> tuple[Embedding, bool]:
+        """Returns the content's embedding, and True if it was copied. Raises what `compute` raises."""
+        with self._lock:
+            recent = self._recent.get(sha256)
+            if recent is None:
+                result = self._recent[sha256] = Future()
+                if len(self._recent) > RECENT_SIZE:
+                    del self._recent[next(iter(self._recent))]
+        if recent is not None:
+            with contextlib.suppress(Exception):  # if the other file could not be read, perhaps this one can
+                return recent.result(), True
+            return compute(), False
+        found: Future[Embedding | None] = Future()
+        self._requests.put((sha256, found))
+        indexed = found.result()
+        try:
+            embedding = compute() if indexed is None else indexed
+        except BaseException as error:
+            result.set_exception(error)
+            raise
+        result.set_result(embedding)
+        return embedding, indexed is not None
+
+    def _look_up(self) -> None:
+        """Answers requests until there is a None among them."""
+        while (request := self._requests.get()) is not None:
+            batch = [request]
+            while not self._requests.empty() and len(batch) < LOOKUP_SIZE:
+                if (request := self._requests.get()) is None:
+                    break
+                batch.append(request)
+            try:
+                embeddings = self._find_embeddings([sha256 for sha256, _ in batch])
+            except Exception:  # an index that cannot answer now has no copies to offer; writing reports its errors
+                embeddings = {}
+            for sha256, found in batch:
+                found.set_result(embeddings.get(sha256))
+            if request is None:
+                return

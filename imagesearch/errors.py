@@ -1,13 +1,31 @@
-"""What can go wrong, as the one line that a user reads."""
+"""The exceptions that end a run, and exceptions of libraries in a few words."""
 
 
-class Failure(Exception):
-    """Something could not be done: the text names what failed, where, and what to do. Exit code 1."""
+class ImageSearchError(Exception):
+    """Something failed: the message says what, where, and what to do. Exit code 1."""
 
     exit_code = 1
 
 
-class Misuse(Failure):
-    """Wrong usage or configuration: the text names the remedy. Exit code 2."""
+class UsageError(ImageSearchError):
+    """Wrong usage or configuration: the message names the remedy. Exit code 2."""
 
     exit_code = 2
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns why something failed, in a few words on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "not an image that Pillow can read" if "cannot identify image file" in text else text
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Returns the innermost of nested network exceptions."""
+    while True:
+        nested = [getattr(error, "reason", None), *(getattr(error, "errors", None) or ()), *error.args, error.__cause__]
+        inner = next((value for value in nested if isinstance(value, BaseException)), None)
+        if inner is None:
+            return error
+        error = inner

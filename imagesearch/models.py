@@ -1,7 +1,6 @@
-"""The models that make embeddings, by the name or file that `--model` gives."""
+"""The models that make embeddings, and loading the one that ``--model`` names."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -9,76 +8,89 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagesearch.errors import Misuse
-from imagesearch.files import shown
+from imagesearch.documents import DIMENSIONS, ModelInfo
+from imagesearch.errors import UsageError
+from imagesearch.paths import path_from_text, path_to_text, quote_path
 
-DIMENSIONS = 768
-
-# The version of what happens between a file and the model's input, in files.py and clip.py.
-# Raise it when that changes an embedding: indexes made before are then refused, not mixed.
-PREPROCESSING = 1
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """Which model made an index's embeddings, as the index's `_meta` keeps it.
-
-    `model` is what `--model` said: `clip`, `thumbnail` or a file's absolute path; `sha256` is the
-    ONNX file's hash in hex (empty for `thumbnail`).
-    """
-
-    model: str
-    sha256: str = ""
-    preprocessing: int = PREPROCESSING
-
-    def same_as(self, other: "ModelRecord") -> bool:
-        """Whether both make the same embeddings: a file is known by its hash, wherever it lies."""
-        if self.sha256 or other.sha256:
-            return (self.sha256, self.preprocessing) == (other.sha256, other.preprocessing)
-        return self == other
+BUILT_IN = ("clip", "thumbnail")
 
 
 class Model(Protocol):
-    """What turns images into embeddings."""
+    """Turns one image into its embedding. Safe to use from several threads."""
 
-    record: ModelRecord
+    @property
+    def info(self) -> ModelInfo:
+        """What an index records about the model."""
 
-    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """An 8-bit RGB image as the array that `embed` takes, shape (height, width, 3)."""
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        """Returns an 8-bit RGB image as the array that `embed` takes."""
 
-    def embed(self, batch: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """The embeddings of n arrays from `pixels`, shape (n, 768)."""
+    def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the embedding, shape (768,), of an array from `preprocess`."""
 
 
 class Thumbnail:
-    """The image averaged to 16×16 RGB: no download, no knowledge, for trying things out.
+    """The image averaged to 16x16 RGB: a baseline that needs no download.
 
-    The "tiny images" baseline: Torralba, Fergus and Freeman, "80 Million Tiny Images", 2008.
+    The "tiny images" of Torralba, Fergus and Freeman, "80 Million Tiny Images", 2008.
     """
 
-    record = ModelRecord("thumbnail")
+    info = ModelInfo("thumbnail")
 
-    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        return np.asarray(image.resize((16, 16), Image.Resampling.BOX))
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        return np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
 
-    def embed(self, batch: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        # Around mid-grey, so that the cosine tells dark from light; no 8-bit value comes out as 0.
-        averages = np.stack(batch).reshape(len(batch), DIMENSIONS).astype(np.float32)
-        return averages / np.float32(127.5) - np.float32(1)
+    def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        # Centered on mid-grey, so that the cosine tells dark from light; no 8-bit value becomes 0.
+        return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 
 
 def load_model(name: str, threads: int) -> Model:
-    """The model that `--model` names: `clip` (downloaded once), `thumbnail`, or an ONNX file.
+    """Returns the model that ``--model`` names: ``clip`` (downloaded once), ``thumbnail``, or an ONNX file.
 
-    `threads` is how many threads work on one batch. Raises Misuse where the model cannot be had.
+    `threads` work on one image. Raises UsageError if the model cannot be loaded.
     """
     if name == "thumbnail":
         return Thumbnail()
-    from imagesearch import clip  # Onnx Runtime takes a tenth of a second to import
+    from imagesearch.clip import load_onnx  # Onnx Runtime takes a tenth of a second to import
 
     if name == "clip":
-        return clip.load(name, clip.hub_file(), threads)
+        from imagesearch.hub import clip_path
+
+        return load_onnx(name, clip_path(), threads)
     path = Path(name).absolute()
     if not os.path.isfile(path):
-        raise Misuse(f"--model {shown(name)}: no such file. Give an ONNX file, clip or thumbnail.")
-    return clip.load(str(path), path, threads)
+        raise UsageError(f"--model {quote_path(name)}: no such file. Use an ONNX file, clip or thumbnail.")
+    return load_onnx(path_to_text(str(path)), path, threads)
+
+
+def load_index_model(info: ModelInfo, name: str | None, threads: int) -> Model:
+    """Returns the model that made an index: the one recorded in it, or `name`, which must be the same one.
+
+    Raises UsageError if it cannot be loaded, or `name` is another model.
+    """
+    try:
+        model = load_model(name or path_from_text(info.model), threads)
+    except UsageError as error:
+        if name or info.model in BUILT_IN:
+            raise
+        raise UsageError(
+            f"The index was made with the model {quote_path(info.model)}: use --model FILE to say where it is now."
+        ) from error
+    check_compatible(info, model.info)
+    return model
+
+
+def check_compatible(index: ModelInfo, model: ModelInfo) -> None:
+    """Raises UsageError unless the embeddings of an index and those of a model can be compared."""
+    if index.is_compatible(model):
+        return
+    if index.preprocessing != model.preprocessing:
+        raise UsageError(
+            "The index was made by another version of create.py, whose embeddings differ: use another --index,"
+            " or delete it and run create.py again."
+        )
+    raise UsageError(
+        f"The index was made with --model {quote_path(index.model)}, and {quote_path(model.model)} is another model:"
+        " use the same model, or another index with --index."
+    )

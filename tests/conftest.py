@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ import requests
 from onnx import TensorProto, helper
 from PIL import Image
 
-from tests.server import ROOT, Cluster, Unavailable
+from tests.server import ROOT, S3, Cluster, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Server:
         return answer.json()
 
 
-def unavailable(why: str) -> None:
-    """Skips, saying why; in CI a missing Elasticsearch is a failure."""
+def unavailable(reason: str) -> NoReturn:
+    """Skips, with the reason; in CI a missing server is a failure."""
     if os.environ.get("CI") == "true":
-        pytest.fail(why)
-    pytest.skip(why)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,10 +60,28 @@ def cluster(size: int, **settings: object) -> Iterator[Cluster]:
     """So many nodes of Elasticsearch 8.19, with settings of their own."""
     try:
         nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
-    except Unavailable as why:
-        unavailable(str(why))
+    except UnavailableError as reason:
+        unavailable(str(reason))
     with nodes:
         yield nodes
+
+
+@contextlib.contextmanager
+def s3_server(in_memory: bool = False) -> Iterator[S3]:
+    """An S3 server."""
+    try:
+        server = S3(in_memory)
+    except UnavailableError as reason:
+        unavailable(str(reason))
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server whose objects are on disk."""
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -125,13 +143,13 @@ class Scripts:
         """The `file_path` of every document, sorted."""
         anything = self.folder / "anything.png"
         Image.new("RGB", (20, 20), "teal").save(anything)
-        hits = self.search(anything, "-k", 1000)[0]["hits"]["hits"]
+        hits = self.search(anything, "-k", 10_000)[0]["hits"]["hits"]
         return sorted(hit["fields"]["file_path"][0] for hit in hits)
 
 
 def environment(home: Path) -> dict[str, str]:
     """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_", "AWS_"))}
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 

@@ -1,9 +1,14 @@
-"""A real Elasticsearch for the tests: TLS with a private CA, a password, one node or several.
+"""The real servers for the tests: Elasticsearch, with TLS and a password, and S3.
 
-It is Elastic's own integration-test distribution, from Maven Central: the server with security, without
-most modules (`GET /` is not served). Needs Maven and a JDK; see `Unavailable` for what is said without.
+Elasticsearch is Elastic's own integration-test distribution, from Maven Central: the server with security, without
+most modules (`GET /` is not served, API keys are not kept). Needs Maven and a JDK; without them it raises
+`UnavailableError`.
 """
 
+import base64
+import hashlib
+import hmac
+import http.client
 import os
 import re
 import shutil
@@ -14,13 +19,17 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import quote
 
 import requests
-import trustme
+
+from tests.certificates import CA
 
 ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build"
+BUILD.mkdir(exist_ok=True)
 GROUP = "org.elasticsearch.distribution.integ-test-zip"
 USER, PASSWORD = "admin", "p@ss/w:rd 100%"  # which a URL must percent-encode
 START_SECONDS = 120
@@ -29,7 +38,7 @@ START_SECONDS = 120
 WATCHDOG = '"$@" </dev/null & read _; kill -9 0'
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why no Elasticsearch can be started here, and what to install."""
 
 
@@ -41,7 +50,7 @@ def java_home(at_least: int) -> Path:
     versions = [(version(home), home) for home in homes + others if (home / "bin" / "java").exists()]
     fitting = [pair for pair in versions if pair[0] >= at_least]
     if not fitting:
-        raise Unavailable(
+        raise UnavailableError(
             f"no JDK {at_least} or newer found: install one (Debian: apt-get install openjdk-{at_least}-jdk-headless)"
         )
     return fitting[0][1] if fitting[0][1] in homes else min(fitting)[1]
@@ -54,19 +63,20 @@ def version(home: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def distribution(release: str) -> Path:
-    """The server's zip file, fetched once with Maven."""
-    path = ROOT / "build" / f"elasticsearch-{release}.zip"
+def artifact(coordinates: str, path: Path) -> Path:
+    """Returns `path`, an artifact of Maven Central that is fetched once with Maven."""
     if path.exists():
         return path
     maven = shutil.which("mvn")
     if not maven:
-        raise Unavailable("no Maven to fetch Elasticsearch with: install it (Debian: apt-get install maven)")
-    command = [maven, "-q", "-B", "dependency:copy", f"-Dartifact={GROUP}:elasticsearch:{release}:zip"]
-    command += [f"-DoutputDirectory={path.parent}", "-Dmdep.overWriteReleases=true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Unavailable(f"Maven could not fetch Elasticsearch {release}: {done.stdout[-500:]}")
+        raise UnavailableError("no Maven to fetch the tests' servers with: install it (Debian: apt-get install maven)")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [maven, "-q", "-B", "dependency:copy", f"-Dartifact={coordinates}", f"-DoutputDirectory={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"Maven could not fetch {coordinates}: {done.stdout[-500:]}")
+        (fetched,) = Path(folder).iterdir()
+        fetched.rename(path)
     return path
 
 
@@ -89,10 +99,21 @@ class Node:
 class Cluster:
     """Nodes of one Elasticsearch on this machine. Use as a context manager: it starts, stops and cleans up."""
 
-    def __init__(self, release: str = "8.19.9", size: int = 1, memory: str = "512m", **settings: object) -> None:
-        """`settings` are more of Elasticsearch's own, with `__` for each dot of their names."""
+    def __init__(
+        self,
+        release: str = "8.19.9",
+        size: int = 1,
+        memory: str = "512m",
+        roles: dict[str, list[str]] | None = None,
+        **settings: object,
+    ) -> None:
+        """`settings` are more of Elasticsearch's own, with `__` for each dot of their names.
+
+        `roles` gives the privileges on all indices of roles in the file realm; each has a user of its name.
+        """
+        self.roles = roles or {}
         self.java = java_home(21 if release.startswith("9") else 17)
-        zipped = distribution(release)
+        zipped = artifact(f"{GROUP}:elasticsearch:{release}:zip", BUILD / f"elasticsearch-{release}.zip")
         self.memory = memory
         self.settings = {name.replace("__", "."): value for name, value in settings.items()}
         self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-test-"))
@@ -107,13 +128,15 @@ class Cluster:
     def configure(self) -> None:
         """Certificate, user and one folder of configuration for each node."""
         config = self.home / "config"
-        ca = trustme.CA()
-        ca.cert_pem.write_to_path(str(self.folder / "ca.pem"))
-        certificate = ca.issue_cert("localhost", "127.0.0.1")
-        certificate.private_key_pem.write_to_path(str(config / "key.pem"))
-        certificate.cert_chain_pems[0].write_to_path(str(config / "node.pem"))
+        authority = CA()
+        authority.write(self.folder / "ca.pem")
+        authority.issue(config, "localhost", "127.0.0.1")
         shutil.copy(self.folder / "ca.pem", config / "ca.pem")
         self.run("elasticsearch-users", "useradd", USER, "-p", PASSWORD, "-r", "superuser")
+        for role, privileges in self.roles.items():
+            with (config / "roles.yml").open("a") as file:
+                file.write(f"\n{role}:\n  indices:\n    - names: ['*']\n      privileges: {privileges}\n")
+            self.run("elasticsearch-users", "useradd", role, "-p", PASSWORD, "-r", role)
         for node in self.nodes:
             shutil.copytree(config, node.folder / "config")
             (node.folder / "tmp").mkdir()
@@ -133,7 +156,11 @@ class Cluster:
     @property
     def url(self) -> str:
         """`ES_URL` for the whole cluster."""
-        credentials = f"{quote(USER, safe='')}:{quote(PASSWORD, safe='')}"
+        return self.url_as(USER)
+
+    def url_as(self, user: str) -> str:
+        """`ES_URL` for the whole cluster and one of its users."""
+        credentials = f"{quote(user, safe='')}:{quote(PASSWORD, safe='')}"
         return ",".join(f"https://{credentials}@localhost:{node.http}" for node in self.nodes)
 
     def __enter__(self) -> "Cluster":
@@ -230,3 +257,100 @@ class Cluster:
             os.killpg(node.process.pid, signal.SIGKILL)
             node.process.wait()
             node.process = None
+
+
+class S3:
+    """A real S3 server with signatures: S3Proxy, from Maven Central. A context manager, like `Cluster`.
+
+    Objects are on disk, and survive `kill` and `start`; with `in_memory`, keys may be what no file name can.
+    """
+
+    IDENTITY, CREDENTIAL = "local-identity", "local-SECRET"
+
+    def __init__(self, in_memory: bool = False) -> None:
+        self.java = java_home(17)
+        self.jar = artifact("org.gaul:s3proxy:2.6.0:jar:jar-with-dependencies", BUILD / "s3proxy-2.6.0.jar")
+        self.in_memory = in_memory
+        self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-s3-"))
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which obstore, and so the scripts, find it."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.IDENTITY,
+            "AWS_SECRET_ACCESS_KEY": self.CREDENTIAL,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ALLOW_HTTP": "true",
+        }
+
+    def __enter__(self) -> "S3":
+        (self.folder / "objects").mkdir()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        properties = {
+            "s3proxy.endpoint": f"http://127.0.0.1:{self.port}",
+            "s3proxy.authorization": "aws-v2-or-v4",
+            "s3proxy.identity": self.IDENTITY,
+            "s3proxy.credential": self.CREDENTIAL,
+            "jclouds.provider": "transient" if self.in_memory else "filesystem-nio2",
+            "jclouds.filesystem.basedir": self.folder / "objects",
+            "jclouds.identity": "any",
+            "jclouds.credential": "any",
+        }
+        (self.folder / "properties").write_text("\n".join(f"{name}={value}" for name, value in properties.items()))
+        command = [str(self.java / "bin" / "java"), "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
+        command += ["-jar", str(self.jar), "--properties", str(self.folder / "properties")]
+        with (self.folder / "output").open("ab") as output:
+            self.process = subprocess.Popen(
+                ["sh", "-c", WATCHDOG, "sh", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                requests.get(f"http://127.0.0.1:{self.port}", timeout=5)
+            except requests.RequestException:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise RuntimeError(
+                        "S3Proxy did not start:\n" + (self.folder / "output").read_text()[-3000:]
+                    ) from None
+                time.sleep(0.1)
+            else:
+                return
+
+    def kill(self) -> None:
+        """Kills it, as a power cut would."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def put(self, bucket: str, key: str = "", content: bytes = b"") -> None:
+        """Puts an object with any key, even one that client libraries refuse; without a key, makes the bucket."""
+        path = f"/{bucket}" + (f"/{quote(key)}" if key else "")
+        date = formatdate(usegmt=True)
+        signature = hmac.new(self.CREDENTIAL.encode(), f"PUT\n\n\n{date}\n{path}".encode(), hashlib.sha1)
+        headers = {
+            "Date": date,
+            "Authorization": f"AWS {self.IDENTITY}:{base64.b64encode(signature.digest()).decode()}",
+            "Content-Length": str(len(content)),
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("PUT", path, body=content, headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, (key, answer.status, answer.read())
+        connection.close()

@@ -1,5 +1,6 @@
 """Embeddings are imgbeddings' own; its model comes from the hub, checked, or from a file."""
 
+import hashlib
 import io
 import os
 import socket
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
 from imagesearch import clip
-from imagesearch.errors import Misuse
-from imagesearch.files import read
-from imagesearch.models import DIMENSIONS, load_model
+from imagesearch.cache import cache_folder, model_sha256
+from imagesearch.documents import DIMENSIONS
+from imagesearch.errors import UsageError
+from imagesearch.images import read_image
+from imagesearch.models import load_model
 from tests.conftest import Hub, averaging_model, environment, image
 from tests.server import ROOT
 
@@ -25,7 +30,7 @@ from tests.server import ROOT
 @pytest.fixture(scope="module")
 def averaging(tmp_path_factory: pytest.TempPathFactory) -> clip.Clip:
     path = averaging_model(tmp_path_factory.mktemp("model") / "averaging.onnx")
-    return clip.load(str(path), path, threads=1)
+    return clip.load_onnx(str(path), path, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def test_the_models_input_equals_imgbeddings_own(
     size: tuple[int, int], averaging: clip.Clip, process_inputs: Any
 ) -> None:
     picture = image(size, sum(size))
-    ours = averaging.process_inputs([averaging.pixels(picture)])["pixel_values"]
+    ours = averaging.preprocess(picture)[None]
     theirs = np.asarray(process_inputs([picture])["pixel_values"])
     assert ours.shape == theirs.shape == (1, 3, 224, 224)
     assert ours.dtype == theirs.dtype == np.float32
@@ -56,10 +61,10 @@ def test_the_models_input_equals_imgbeddings_own(
 
 
 def test_strips_do_not_show(averaging: clip.Clip, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {size: averaging.pixels(image(size, 1)) for size in SIZES}
+    whole = {size: averaging.preprocess(image(size, 1)) for size in SIZES}
     monkeypatch.setattr(clip, "STRIP_PIXELS", 7000)
     for size, pixels in whole.items():
-        assert np.array_equal(averaging.pixels(image(size, 1)), pixels)
+        assert np.array_equal(averaging.preprocess(image(size, 1)), pixels)
 
 
 def test_a_long_thin_picture_needs_no_square_of_its_length(averaging: clip.Clip) -> None:
@@ -69,8 +74,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from PIL import Image
 from imagesearch import clip
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-clip.Clip.pixels(None, Image.new("RGB", (1, 20000), "white"))
-clip.Clip.pixels(None, Image.new("RGB", (20000, 1), "white"))
+clip.Clip.preprocess(None, Image.new("RGB", (1, 20000), "white"))
+clip.Clip.preprocess(None, Image.new("RGB", (20000, 1), "white"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = int(subprocess.check_output([sys.executable, "-c", code]))
@@ -81,20 +86,18 @@ def test_a_large_jpeg_at_reduced_scale_has_nearly_the_same_embedding(averaging: 
     stream = io.BytesIO()
     sharp = Image.fromarray(np.random.default_rng(1).integers(0, 256, (600, 800, 3), np.uint8))
     sharp.resize((4000, 3000), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-    ours = averaging.embed([averaging.pixels(read(stream))])[0]
+    ours = averaging.embed(averaging.preprocess(read_image(stream)))
     theirs = averaging.create_embeddings(process_inputs([Image.open(stream)]))[0]
     assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
 
 
-def test_embeddings_are_768_float32_a_row_each(averaging: clip.Clip) -> None:
-    pixels = [averaging.pixels(image((50, 50), seed)) for seed in range(3)]
-    together = averaging.embed(pixels)
-    assert together.shape == (3, DIMENSIONS)
-    assert together.dtype == np.float32
-    assert np.array_equal(together[1], averaging.embed(pixels[1:2])[0])
+def test_an_embedding_has_768_float32(averaging: clip.Clip) -> None:
+    embedding = averaging.embed(averaging.preprocess(image((50, 50), 1)))
+    assert embedding.shape == (DIMENSIONS,)
+    assert embedding.dtype == np.float32
 
 
-def test_the_import_leaves_no_stand_ins_behind() -> None:
+def test_the_import_leaves_no_stubs_behind() -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -110,7 +113,7 @@ assert sklearn.decomposition.PCA().fit and huggingface_hub.hf_hub_download
 def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(content)
-    with pytest.raises(Misuse, match="not an ONNX model"):
+    with pytest.raises(UsageError, match="not an ONNX model"):
         load_model(str(path), threads=1)
 
 
@@ -119,22 +122,22 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None
     for name in (b"pixel_values", b"embeddings"):
         other = tmp_path / "other.onnx"
         other.write_bytes(path.read_bytes().replace(name, name[::-1]))
-        with pytest.raises(Misuse, match=name.decode()):
+        with pytest.raises(UsageError, match=name.decode()):
             load_model(str(other), threads=1)
-    with pytest.raises(Misuse, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         load_model(str(tmp_path / "missing.onnx"), threads=1)
 
 
-def load_in_a_process(hub: dict[str, str], threads: str = "") -> "subprocess.CompletedProcess[str]":
+def load_in_a_process(hub: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from imagesearch.errors import Misuse
+from imagesearch.errors import UsageError
 from imagesearch.models import load_model
 try:
-    print(load_model("clip", threads=1).record.sha256)
-except Misuse as misuse:
-    sys.exit(str(misuse))
+    print(load_model("clip", threads=1).info.sha256)
+except UsageError as error:
+    sys.exit(str(error))
 print(*({{"huggingface_hub", "transformers", "sklearn"}} & set(sys.modules)))
 """
     return subprocess.run(
@@ -165,7 +168,7 @@ def test_a_download_that_breaks_off_leaves_nothing_to_use(hub: dict[str, str], m
     assert load_in_a_process(hub).stdout.startswith(Hub.promised)
 
 
-def test_a_hub_that_says_nothing_is_given_up_in_about_ten_seconds(tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_given_up_in_about_ten_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         done = load_in_a_process(environment(tmp_path) | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"})
@@ -173,3 +176,37 @@ def test_a_hub_that_says_nothing_is_given_up_in_about_ten_seconds(tmp_path: Path
     assert done.stderr.count("\n") == 1
     assert "--model FILE" in done.stderr and "--model thumbnail" in done.stderr
     assert os.linesep not in done.stdout
+
+
+def external_model(folder: Path, scale: float) -> Path:
+    """A model whose only weight is in a file beside it."""
+    folder.mkdir()
+    path = averaging_model(folder / "model.onnx", scale)
+    model = onnx.load(path)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array(scale, np.float32), "scale"))
+    onnx.save(
+        model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0, convert_attribute=True
+    )
+    return path
+
+
+def test_external_data_is_part_of_the_model(tmp_path: Path) -> None:
+    """Two models whose .onnx files are equal and whose external data differs are two models."""
+    first, second = external_model(tmp_path / "a", 1.0), external_model(tmp_path / "b", 2.0)
+    assert first.read_bytes() == second.read_bytes()
+    models = [load_model(str(path), threads=1) for path in (first, second)]
+    assert models[0].info.sha256 != models[1].info.sha256
+    pixels = models[0].preprocess(image((50, 50), 1))
+    assert np.allclose(2 * models[0].embed(pixels), models[1].embed(pixels))
+    (first.parent / "model.onnx.data").write_bytes((second.parent / "model.onnx.data").read_bytes())
+    assert load_model(str(first), threads=1).info.sha256 == models[1].info.sha256
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"files": [], "sha256": 7}', "0" * 64])
+def test_a_damaged_cache_does_not_condemn_a_good_model(content: str, tmp_path: Path) -> None:
+    path = averaging_model(tmp_path / "model.onnx")
+    sha256 = model_sha256(path)
+    for remembered in cache_folder().glob("*.sha256"):
+        remembered.write_text(content)
+    assert model_sha256(path) == sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert model_sha256(path) == sha256

@@ -13,7 +13,7 @@ def test_make_demo_says_what_it_does_and_leaves_the_users_files_alone(tmp_path: 
     before = {path: path.stat().st_mtime_ns for path in [ROOT / "images", *(ROOT / "images").rglob("*")]}
     surroundings = environment(tmp_path) | {"ES_URL": "https://u:p@localhost:9"}  # the demo is local all the same
     done = subprocess.run(["make", "demo"], cwd=ROOT, env=surroundings, capture_output=True, text=True, check=True)
-    assert "CLIP could not be downloaded: going on with --model thumbnail" in done.stdout
+    assert "CLIP could not be downloaded; continuing with --model thumbnail" in done.stdout
     assert "$ python3 create.py --model thumbnail" in done.stdout
     found = re.search(r"^(\d+) of 50 held-out digits found one of their own class", done.stdout, re.MULTILINE)
     assert found

@@ -1,4 +1,4 @@
-"""From files to embeddings: whatever a file holds, it is embedded or reported; the window is bounded."""
+"""From files to embeddings: every file is embedded, copied or reported; what is under way is bounded."""
 
 import io
 import os
@@ -15,32 +15,56 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagesearch.embed import Document, Stored, Unreadable, ahead, batched, cores, embed
-from imagesearch.files import File, extensions
-from imagesearch.models import ModelRecord, Thumbnail
+from imagesearch import embed as embed_module
+from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate, ModelInfo
+from imagesearch.embed import embed_images, embed_queries
+from imagesearch.images import image_extensions
+from imagesearch.models import Model, Thumbnail
+from imagesearch.parallel import MemoryLimit, available_cpus, batched, map_buffered
+from imagesearch.sources import FolderSource, open_query
 from tests.conftest import image
 
 
-def one(path: Path) -> Document | Unreadable:
-    """What becomes of one file."""
-    (result,) = embed([(File(str(path), 0, 0), None)], Thumbnail(), workers=1)
-    return result
+def image_file(path: Path) -> ImageFile:
+    return ImageFile(str(path), str(path), path.parent.name, 0, 0)
+
+
+def embed_all(
+    paths: list[Path],
+    model: Model | None = None,
+    indexed: FileMetadata | None = None,
+    known: dict[str, np.ndarray] | None = None,
+) -> tuple[list[Document | MetadataUpdate], dict[str, str]]:
+    """The documents of these files, and the reasons for those that cannot be read, by path."""
+    errors: dict[str, str] = {}
+    candidates = ((image_file(path), indexed) for path in paths)
+    documents = embed_images(
+        candidates,
+        FolderSource("/", "/"),
+        model or Thumbnail(),
+        lambda sha256s: {sha256: known[sha256] for sha256 in sha256s if sha256 in known} if known else {},
+        errors.__setitem__,
+    )
+    return list(documents), errors
 
 
 def embedded(path: Path) -> Document:
-    result = one(path)
-    assert isinstance(result, Document), result
-    assert result.embedding is not None
-    assert result.embedding.shape == (768,)
-    assert np.isfinite(result.embedding).all()
-    return result
+    documents, errors = embed_all([path])
+    assert errors == {}
+    (document,) = documents
+    assert isinstance(document, Document)
+    assert document.embedding.shape == (768,)
+    assert document.embedding.dtype == np.float32
+    assert np.isfinite(document.embedding).all()
+    return document
 
 
 def unreadable(path: Path) -> str:
-    result = one(path)
-    assert isinstance(result, Unreadable), result
-    assert "\n" not in result.reason
-    return result.reason
+    documents, errors = embed_all([path])
+    assert documents == []
+    (reason,) = errors.values()
+    assert "\n" not in reason
+    return reason
 
 
 GOOD: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
@@ -77,7 +101,7 @@ def test_what_pillow_reads_is_embedded(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     picture = image(size, 1)
     (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(path, **options)
-    assert path.suffix.lower() in extensions()
+    assert path.suffix.lower() in image_extensions()
     embedded(path)
 
 
@@ -126,41 +150,126 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - started < 1
 
 
-class Odd:
-    """A model that gives what no model should."""
+class Counting:
+    """The thumbnail model, which counts how many images it embeds, and how many at once."""
 
-    record = ModelRecord("odd")
+    info = ModelInfo("thumbnail")
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float | None = None) -> None:
         self.value = value
+        self.embedded = self.running = self.most = 0
+        self.lock = threading.Lock()
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
-        return np.asarray(picture)
+    def preprocess(self, picture: Image.Image) -> np.ndarray:
+        return Thumbnail().preprocess(picture)
 
-    def embed(self, batch: list[np.ndarray]) -> np.ndarray:
-        embeddings = np.ones((len(batch), 768), np.float32)
-        embeddings[1] = self.value
-        return embeddings
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        with self.lock:
+            self.embedded += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+        time.sleep(0.002)
+        with self.lock:
+            self.running -= 1
+        return Thumbnail().embed(pixels) if self.value is None else np.full(768, self.value, np.float32)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e30, 1e-30])
 def test_an_embedding_that_cannot_be_compared_is_reported(value: float, tmp_path: Path) -> None:
-    for number in range(3):
-        image((9, 9), number).save(tmp_path / f"{number}.png")
-    files = [(File(str(tmp_path / f"{number}.png"), 0, 0), None) for number in range(3)]
-    kinds = [type(result) for result in embed(files, Odd(value), workers=1)]
-    assert kinds == [Document, Unreadable, Document]
+    image((9, 9), 1).save(tmp_path / "a.png")
+    documents, errors = embed_all([tmp_path / "a.png"], Counting(value))
+    assert documents == []
+    assert "no usable embedding" in errors[str(tmp_path / "a.png")]
 
 
 def test_the_same_content_is_not_embedded_again(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     image((20, 20), 1).save(path)
-    first = embedded(path)
-    stored = Stored(1, 1, first.sha256)
-    (second,) = embed([(File(str(path), 1, 1), stored)], Thumbnail(), workers=1)
-    assert isinstance(second, Document)
-    assert second.embedding is None
-    assert (second.file.size, second.file.mtime) == (path.stat().st_size, path.stat().st_mtime_ns)
+    indexed = FileMetadata(1, 1, embedded(path).sha256)
+    model = Counting()
+    (second,), _ = embed_all([path], model, indexed)
+    assert isinstance(second, MetadataUpdate)
+    assert (second.image.size, second.image.mtime) == (path.stat().st_size, path.stat().st_mtime_ns)
+    assert model.embedded == 0
+
+
+def test_content_that_the_index_has_is_copied(tmp_path: Path) -> None:
+    for seed in range(3):
+        image((20, 20), seed).save(tmp_path / f"{seed}.png")
+    vector = np.arange(768, dtype=np.float32)
+    known = {embedded(tmp_path / "1.png").sha256: vector}
+    model = Counting()
+    documents, errors = embed_all([tmp_path / f"{seed}.png" for seed in range(3)], model, known=known)
+    assert errors == {} and model.embedded == 2
+    assert [isinstance(document, Document) and document.is_copy for document in documents] == [False, True, False]
+    assert isinstance(documents[1], Document) and np.array_equal(documents[1].embedding, vector)
+
+
+def test_copies_that_are_new_together_are_embedded_once(tmp_path: Path) -> None:
+    for number in range(60):
+        image((20, 20), number % 3).save(tmp_path / f"{number}.png")
+    model = Counting()
+    documents, _ = embed_all([tmp_path / f"{number}.png" for number in range(60)], model)
+    assert model.embedded == 3
+    assert sum(isinstance(document, Document) and document.is_copy for document in documents) == 57
+
+
+def test_an_index_that_fails_to_answer_only_costs_time(tmp_path: Path) -> None:
+    image((20, 20), 1).save(tmp_path / "a.png")
+
+    def fail(sha256s: object) -> dict[str, np.ndarray]:
+        raise ConnectionError
+
+    candidates = [(image_file(tmp_path / "a.png"), None)]
+    (document,) = embed_images(candidates, FolderSource("/", "/"), Thumbnail(), fail, lambda path, reason: None)
+    assert isinstance(document, Document) and not document.is_copy
+
+
+def test_recent_embeddings_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_module, "RECENT_SIZE", 2)
+    for number in range(40):
+        image((20, 20), number % 10).save(tmp_path / f"{number}.png")
+    documents, errors = embed_all([tmp_path / f"{number}.png" for number in range(40)], Counting())
+    assert len(documents) == 40 and errors == {}
+
+
+def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for number, path in enumerate(paths):
+        image((20, 20), number).save(path)
+    model = Counting()
+    documents, _ = embed_all(paths, model)
+    assert [document.image.location for document in documents] == [str(path) for path in paths]
+    assert model.most == available_cpus()
+
+
+def test_queries_are_embedded_in_order_with_the_reasons_for_those_that_cannot(tmp_path: Path) -> None:
+    image((20, 20), 1).save(tmp_path / "a.png")
+    queries = [str(tmp_path / name) for name in ("a.png", "missing.png", "a.png")]
+    results = list(embed_queries(queries, open_query, Thumbnail()))
+    assert [query for query, _ in results] == queries
+    assert results[1][1] == "No such file or directory"
+    assert all(isinstance(results[n][1], np.ndarray) for n in (0, 2))
+
+
+def test_memory_is_reserved_in_turns() -> None:
+    limit, most, reserved, lock = MemoryLimit(100), 0, 0, threading.Lock()
+
+    def use(size: int) -> None:
+        nonlocal most, reserved
+        with limit.reserve(size):
+            with lock:
+                reserved += size
+                most = max(most, reserved)
+            time.sleep(0.001)
+            with lock:
+                reserved -= size
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, [60, 30, 50, 100, 10] * 20))
+        assert 60 < most <= 100
+        use(500)  # more than the limit, alone
+    assert most == 500
 
 
 def test_the_order_is_kept_and_the_window_is_bounded() -> None:
@@ -184,7 +293,7 @@ def test_the_order_is_kept_and_the_window_is_bounded() -> None:
         return number * number
 
     with ThreadPoolExecutor(4) as pool:
-        results = ahead(pool, slow, items(), window=10)
+        results = map_buffered(pool, slow, items(), buffersize=10)
         for number in range(200):
             assert next(results) == number * number
             assert pulled <= number + 11
@@ -199,7 +308,7 @@ def test_a_reader_that_stops_early_cancels_the_rest() -> None:
         done.append(number)
 
     with ThreadPoolExecutor(1) as pool:
-        results = ahead(pool, slow, range(1000), window=50)
+        results = map_buffered(pool, slow, range(1000), buffersize=50)
         next(results)
         results.close()  # type: ignore[attr-defined]
     assert len(done) < 10
@@ -207,6 +316,17 @@ def test_a_reader_that_stops_early_cancels_the_rest() -> None:
 
 def test_batches_are_full_but_for_the_last() -> None:
     assert [len(batch) for batch in batched(range(10), 4)] == [4, 4, 2]
+
+
+def test_what_was_collected_before_an_error_is_not_lost() -> None:
+    def failing() -> Iterator[int]:
+        yield from range(6)
+        raise ValueError
+
+    batches = batched(failing(), 4)
+    assert [next(batches), next(batches)] == [[0, 1, 2, 3], [4, 5]]
+    with pytest.raises(ValueError):
+        next(batches)
 
 
 V1 = {"/proc/self/cgroup": "5:memory:/user\n4:cpu,cpuacct:/user/app\n"}
@@ -228,7 +348,7 @@ ROOT_V1, ROOT_V2 = "/sys/fs/cgroup/cpu/", "/sys/fs/cgroup/"
         (V1 | {ROOT_V1 + "user/cpu.cfs_quota_us": "50000\n", ROOT_V1 + "user/cpu.cfs_period_us": "100000\n"}, 1),
     ],
 )
-def test_cores_are_those_that_this_process_may_use(
+def test_available_cpus_are_those_that_this_process_may_use(
     files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_text(path: Path) -> str:
@@ -238,7 +358,7 @@ def test_cores_are_those_that_this_process_may_use(
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert cores() == expected
+    assert available_cpus() == expected
 
 
 def seeds() -> list[bytes]:
@@ -268,10 +388,10 @@ def test_mutated_images_load_or_are_reported(
         content[int(place * len(content))] ^= mask
     path = tmp_path / "mutated"
     path.write_bytes(content[: int(cut * len(content))])
-    result = one(path)
-    if isinstance(result, Document):
-        assert result.embedding is not None
-        assert np.isfinite(result.embedding).all()
-    else:
-        assert result.reason
-        assert "\n" not in result.reason
+    documents, errors = embed_all([path])
+    assert len(documents) + len(errors) == 1
+    for document in documents:
+        assert isinstance(document, Document)
+        assert np.isfinite(document.embedding).all()
+    for reason in errors.values():
+        assert reason and "\n" not in reason

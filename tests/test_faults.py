@@ -1,5 +1,6 @@
 """Whatever happens to the server, the process or the disk: nothing is lost, and what is reported is true."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -19,19 +20,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagesearch import elastic as elastic_module
-from imagesearch.connection import connection
-from imagesearch.elastic import Elastic
-from imagesearch.embed import Document, Stored
-from imagesearch.files import File
-from imagesearch.index import Index
-from imagesearch.local import Local
-from imagesearch.models import ModelRecord
+from imagesearch import elasticsearch_index, sqlite_index
+from imagesearch.connection import Connection
+from imagesearch.documents import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.index import open_index
+from imagesearch.retry import RetryPolicy
 from tests.conftest import Picture, Scripts, Server, averaging_model, cluster, scripts_on
 from tests.server import ROOT, Cluster
 from tests.test_scripts import counts
 
 MANY = 3000
+METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def rows(path: Path) -> int:
         return 0
     database = sqlite3.connect(path)
     try:
-        return int(database.execute("SELECT count(*) FROM documents").fetchone()[0])
+        return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
     except sqlite3.OperationalError:
         return 0
     finally:
@@ -94,7 +94,7 @@ def end(process: "subprocess.Popen[str]", seconds: float = 180) -> tuple[int, st
 # The server
 
 
-def test_a_server_that_is_killed_and_comes_back_is_waited_for(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_and_comes_back_is_retried(fragile: Cluster, many: Path, tmp_path: Path) -> None:
     scripts = scripts_on(fragile, many, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
@@ -103,7 +103,7 @@ def test_a_server_that_is_killed_and_comes_back_is_waited_for(fragile: Cluster, 
     fragile.start(fragile.nodes[0])
     code, stderr = end(process)
     assert code == 0, stderr
-    assert "no answer from https://localhost" in stderr and "trying again in" in stderr
+    assert "no answer from https://localhost" in stderr and "Retrying in" in stderr
     assert counts(stderr) == {"new": MANY}
     assert count(scripts) == MANY
     fragile.wait()
@@ -113,12 +113,12 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     fragile: Cluster, many: Path, tmp_path: Path
 ) -> None:
     scripts = scripts_on(fragile, many, tmp_path)
-    process = scripts.start("create.py", "--model", "thumbnail", "--patience", "2")
+    process = scripts.start("create.py", "--model", "thumbnail", "--retry-timeout", "2")
     wait_until(lambda: count(scripts) > 200)
     fragile.kill(fragile.nodes[0])
     code, stderr = end(process)
     assert code == 1
-    assert re.search(r"Gave up on Elasticsearch after [23] s of waiting: .*Run this again", stderr)
+    assert re.search(r"Elasticsearch could not be reached for [23] s: .*Run the command again", stderr)
     written = counts(stderr)["new"]
     fragile.start(fragile.nodes[0])
     fragile.wait()
@@ -136,46 +136,47 @@ def test_documents_that_are_rejected_for_now_are_sent_again(fragile: Cluster, ma
     server.request("PUT", "_index_template/many-shards", template)
     stderr = scripts.create("--images", "images/1")
     server.request("DELETE", "_index_template/many-shards")
-    assert "it has no room for" in stderr and "es_rejected_execution_exception" in stderr
+    assert "it rejected" in stderr and "for now" in stderr and "es_rejected_execution_exception" in stderr
     assert counts(stderr) == {"new": MANY // 10}
     assert count(scripts) == MANY // 10
 
 
-def test_a_server_that_says_nothing_is_waited_for(
+def test_a_server_that_does_not_answer_is_retried(
     fragile: Cluster, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that runs into its time limit is sent again, as one that finds no server is."""
-    monkeypatch.setattr(elastic_module, "SECONDS", 1)
+    monkeypatch.setattr(elasticsearch_index, "REQUEST_TIMEOUT_SECONDS", 1)
     process = fragile.nodes[0].process
-    place = connection({"ES_URL": fragile.url, "ES_CA_CERT": str(fragile.ca)}, insecure=False)
+    connection = Connection.from_env({"ES_URL": fragile.url, "ES_CA_CERT": str(fragile.ca)})
     assert process
-    assert place
-    heard = []
+    assert connection
+    reasons = []
 
-    def pause(seconds: float, why: str) -> bool:
-        heard.append(why)
+    def on_retry(reason: str, delay: float) -> None:
+        reasons.append(reason)
         os.killpg(process.pid, signal.SIGCONT)
-        return True
 
-    with Elastic(place, "test-silent", pause, patience=30) as index:
-        index.create(ModelRecord("thumbnail"))
+    retry = RetryPolicy(30, on_retry=on_retry)
+    with ElasticsearchIndex(connection, "test-silent", retry) as index:
+        index.create(METADATA)
+        index.get_metadata()
         index.refresh()
-        document = Document(File(str(picture("a.png")), 1, 1), None, "0" * 64, np.ones(768, np.float32))
+        path = str(picture("a.png"))
+        document = Document(ImageFile(path, path, "a", 1, 1), "0" * 64, np.ones(768, np.float32))
         os.killpg(process.pid, signal.SIGSTOP)
         assert list(index.write([document])) == [document]
-        assert "no answer from" in heard[0]
+        assert "no answer from" in reasons[0]
 
 
-def test_a_document_that_another_run_has_deleted_is_not_said_to_be_there(scripts: Scripts, picture: Picture) -> None:
-    place = connection(scripts.environment, insecure=False)
-    index: Index = (
-        Elastic(place, scripts.index, lambda *_: False, 0) if place else Local(scripts.folder / "x.db", scripts.index)
-    )
-    file = File(str(picture("a.png")), 1, 1)
-    with index:
-        index.create(ModelRecord("thumbnail"))
-        assert list(index.write([Document(file, Stored(1, 1, "0" * 64), "0" * 64, None)])) == []
-        assert index.delete([file.id]) == 0
+def test_a_document_that_another_run_has_deleted_is_not_counted(scripts: Scripts, picture: Picture) -> None:
+    connection = Connection.from_env(scripts.environment)
+    path = str(picture("a.png"))
+    image = ImageFile(path, path, "a", 1, 1)
+    with open_index(scripts.index, connection, scripts.folder / "x.db") as index:
+        index.create(METADATA)
+        index.get_metadata()
+        assert list(index.write([MetadataUpdate(image)])) == []
+        assert index.delete([image.id]) == 0
 
 
 def test_an_index_that_another_run_has_just_made_with_another_model_is_refused(
@@ -185,12 +186,12 @@ def test_an_index_that_another_run_has_just_made_with_another_model_is_refused(
     picture("images/a.png")
     scripts.create()
     (scripts.folder / "sitecustomize.py").write_text(
-        "import imagesearch.elastic as e, imagesearch.local as l\n"
-        "for kind in (e.Elastic, l.Local):\n"
-        "    def model(self, original=kind.model, asked=[]):\n"
+        "import imagesearch.elasticsearch_index as e, imagesearch.sqlite_index as s\n"
+        "for kind in (e.ElasticsearchIndex, s.SqliteIndex):\n"
+        "    def get_metadata(self, original=kind.get_metadata, asked=[]):\n"
         "        asked.append(1)\n"
         "        return original(self) if len(asked) > 1 else None\n"
-        "    kind.model = model\n"
+        "    kind.get_metadata = get_metadata\n"
     )
     model = averaging_model(scripts.folder / "model.onnx")
     path = os.pathsep.join([str(scripts.folder), str(ROOT)])
@@ -208,7 +209,7 @@ def test_a_blocked_index_ends_the_run_at_once(block: str, elastic: Scripts, serv
     assert time.monotonic() - started < 10
     assert counts(stderr) == {"unchanged": 1}
     assert stderr.count("create.py:") == 1
-    assert "cluster_block_exception" in stderr and "lift the index's block" in stderr
+    assert "cluster_block_exception" in stderr and "remove the index's block" in stderr
     server.request("PUT", f"{elastic.index}/_settings", {f"index.blocks.{block}": None})
     assert counts(elastic.create()) == {"new": 1, "unchanged": 1}
 
@@ -270,7 +271,6 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         "empty": (200, "application/json", b""),
         "other": (200, "application/json", b'{"hello": "world"}'),
         "list": (200, "application/json", b"[]"),
-        "login": (302, "text/html", b""),
     }
 
     def answer(self) -> None:
@@ -287,7 +287,7 @@ class Stranger(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("kind", sorted(Stranger.answers))
-def test_what_is_no_elasticsearch_is_said_in_a_line(kind: str, local: Scripts, picture: Picture) -> None:
+def test_what_is_not_elasticsearch_is_reported_in_one_line(kind: str, local: Scripts, picture: Picture) -> None:
     path = picture("images/a.png")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
         threading.Thread(target=stranger.serve_forever, daemon=True).start()
@@ -295,12 +295,13 @@ def test_what_is_no_elasticsearch_is_said_in_a_line(kind: str, local: Scripts, p
         for arguments in (("create.py", "--model", "thumbnail"), ("search.py", path)):
             done = local.run(*arguments, ES_URL=url)
             assert done.returncode == 2
-            assert re.fullmatch(r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n", done.stderr), done.stderr
+            message = r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n"
+            assert re.fullmatch(message, done.stderr), done.stderr
             assert "hunter2" not in done.stderr
         stranger.shutdown()
 
 
-def test_deletions_that_are_refused_are_not_said_to_be_done(elastic: Scripts, server: Server, picture: Picture) -> None:
+def test_deletions_that_are_refused_are_not_counted(elastic: Scripts, server: Server, picture: Picture) -> None:
     picture("images/a.png")
     gone = picture("images/b.png")
     elastic.create()
@@ -315,7 +316,7 @@ def test_deletions_that_are_refused_are_not_said_to_be_done(elastic: Scripts, se
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_the_truth_and_the_next_goes_on(
+def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     signal_: signal.Signals, code: int, scripts: Scripts, many: Path
 ) -> None:
     scripts.folder, home = many, scripts.folder
@@ -348,7 +349,7 @@ def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Pa
         os.killpg(fragile.nodes[0].process.pid, signal.SIGCONT)
 
 
-def test_an_interruption_ends_the_wait_for_a_server(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+def test_an_interruption_ends_the_retries(fragile: Cluster, many: Path, tmp_path: Path) -> None:
     scripts = scripts_on(fragile, many, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
@@ -393,7 +394,8 @@ def test_two_runs_at_once_end_well(scripts: Scripts, many: Path) -> None:
     processes = [scripts.start("create.py", *arguments) for _ in range(2)]
     for code, stderr in map(end, processes):
         assert code == 0, stderr
-        assert sum(counts(stderr).values()) == MANY
+        found = counts(stderr)
+        assert found["new"] + found.get("unchanged", 0) == MANY
     assert counts(scripts.create(*arguments)) == {"unchanged": MANY}
 
 
@@ -403,18 +405,20 @@ def test_two_runs_at_once_end_well(scripts: Scripts, many: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"no database at all, but long enough to have a header" * 100, b"SQLite format 3\0" * 300]
 )
-def test_a_file_that_is_no_index_is_refused_and_left_alone(content: bytes, local: Scripts, picture: Picture) -> None:
+def test_a_file_that_is_not_an_index_is_refused_and_left_alone(
+    content: bytes, local: Scripts, picture: Picture
+) -> None:
     picture("images/a.png")
     path = local.folder / "imagesearch.db"
     path.write_bytes(content)
     done = local.run("search.py", "images/a.png")
     for stderr in (local.create(code=2), done.stderr):
-        assert "not an SQLite file, or damaged" in stderr.splitlines()[1] and stderr.count("\n") == 2
+        assert "is not an SQLite file, or is damaged" in stderr.splitlines()[1] and stderr.count("\n") == 2
     assert done.returncode == 2
     assert path.read_bytes() == content
 
 
-def test_somebody_elses_database_is_refused_and_left_alone(local: Scripts, picture: Picture) -> None:
+def test_the_database_of_another_program_is_refused_and_left_alone(local: Scripts, picture: Picture) -> None:
     picture("images/a.png")
     path = local.folder / "imagesearch.db"
     database = sqlite3.connect(path)
@@ -426,7 +430,7 @@ def test_somebody_elses_database_is_refused_and_left_alone(local: Scripts, pictu
     assert "cannot be read or written" in local.create("--db", local.folder, code=1)
 
 
-def test_a_truncated_index_is_said_in_a_line(local: Scripts, picture: Picture) -> None:
+def test_a_truncated_index_is_reported_in_one_line(local: Scripts, picture: Picture) -> None:
     for number in range(300):
         picture(f"images/{number}.png", size=(8, 8), seed=number)
     local.create()
@@ -436,7 +440,7 @@ def test_a_truncated_index_is_said_in_a_line(local: Scripts, picture: Picture) -
         path.write_bytes(content[: len(content) // part])
         done = local.run("search.py", "images/1.png")
         assert done.returncode == 2, done.stderr
-        assert "not an SQLite file, or damaged" in done.stderr
+        assert "is not an SQLite file, or is damaged" in done.stderr
         assert path.read_bytes() == content[: len(content) // part]
 
 
@@ -447,7 +451,7 @@ def test_an_empty_file_becomes_an_index(local: Scripts, picture: Picture) -> Non
     assert counts(local.create()) == {"new": 1}
 
 
-def test_a_full_disk_is_said_in_a_line_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
     local.folder, home = many, local.folder
     arguments = ("--model", "thumbnail", "--db", home / "index.db", "--index", local.index)
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20));"
@@ -463,12 +467,42 @@ def test_a_full_disk_is_said_in_a_line_and_the_next_run_goes_on(local: Scripts, 
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"create.py: \S+ cannot be read or written: .*(full|I/O error).* Run this again", done.stderr)
+    assert re.search(
+        r"create.py: \S+ cannot be read or written: .*(full|I/O error).* [Rr]un the command again", done.stderr
+    )
     written = counts(done.stderr).get("new", 0)
     assert 0 < written < MANY
     assert counts(local.create(*arguments)) == {"new": MANY - written, "unchanged": written}
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_in_a_line(local: Scripts, picture: Picture) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported_in_one_line(local: Scripts, picture: Picture) -> None:
     picture("images/a.png")
     assert "cannot be read or written" in local.create("--db", "/nowhere/index.db", code=1)
+
+
+def test_a_read_only_index_can_be_searched(local: Scripts, picture: Picture) -> None:
+    """As on a DVD: nothing can be written beside the file either."""
+    path = picture("images/a.png")
+    local.create()
+    disk = local.folder / "disk"
+    disk.mkdir()
+    (local.folder / "imagesearch.db").rename(disk / "imagesearch.db")
+    search = f"{sys.executable} {ROOT}/search.py {path} --index {local.index} --db {disk}/imagesearch.db"
+    mount = f"mount --bind {disk} {disk} && mount -o remount,bind,ro {disk} && ! touch {disk}/new 2>/dev/null"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", f"{mount} || exit 99; {search}"]
+    done = subprocess.run(command, env=local.environment, capture_output=True, text=True, check=False)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no read-only mount can be made here ({done.stderr.strip()})")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+
+
+def test_an_index_file_of_the_former_version_is_refused(local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    with contextlib.closing(sqlite3.connect(local.folder / "imagesearch.db")) as database:
+        database.execute("CREATE TABLE documents (id)")
+        database.execute(f"PRAGMA application_id = {sqlite_index.APPLICATION_ID}")
+        database.execute("PRAGMA user_version = 1")
+    line = "was made by another version of create.py: delete it and run create.py again"
+    assert line in local.create(code=2)
+    assert line in local.run("search.py", path).stderr

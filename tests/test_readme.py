@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import image
-from tests.readme import README, with_help
 from tests.server import ROOT
+from tools.readme import README, with_help
 
 TEXT = README.read_text()
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

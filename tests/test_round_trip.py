@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imagesearch.connection import connection
-from imagesearch.elastic import Elastic
-from imagesearch.embed import Document, Stored
-from imagesearch.files import File, local_path
+from imagesearch.connection import Connection
+from imagesearch.documents import Document, FileMetadata, ImageFile, IndexMetadata, ModelInfo
+from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.index import Index
-from imagesearch.local import Local
-from imagesearch.models import ModelRecord
+from imagesearch.paths import file_path_to_local, path_to_text
+from imagesearch.retry import NO_RETRY
+from imagesearch.sqlite_index import SqliteIndex
 from tests.conftest import Scripts
 
 # Names of folders: any bytes but / and NUL, and much text.
@@ -30,36 +30,43 @@ def check(index: Index, names: list[bytes], folder: Path) -> None:
     os.makedirs(os.path.dirname(raw), exist_ok=True)
     with open(raw, "wb"):
         pass
-    file = File(os.fsdecode(raw), 1, 2)
+    path = os.fsdecode(raw)
+    image = ImageFile(path, path_to_text(path), path_to_text(os.path.basename(os.path.dirname(path))), 1, 2)
     embedding = np.random.default_rng(len(raw)).standard_normal(768).astype(np.float32)
-    assert list(index.write([Document(file, None, "ab" * 32, embedding)]))
+    assert list(index.write([Document(image, "ab" * 32, embedding)]))
     index.refresh()
-    assert index.stored([file.id]) == {file.id: Stored(1, 2, "ab" * 32)}
-    hit = json.loads(json.dumps(index.search(embedding, 1, file.desc)))["hits"]["hits"][0]
-    assert hit["_id"] == file.id
-    assert hit["fields"] == {"file_path": [file.file_path], "desc": [file.desc]}
-    assert os.fsencode(local_path(hit["fields"]["file_path"][0])) == raw
-    assert list(index.paths(str(folder))) == [(file.id, file.file_path)]
-    assert index.delete([file.id]) == 1
+    assert index.get_file_metadata([image.id]) == {image.id: FileMetadata(1, 2, "ab" * 32)}
+    assert np.array_equal(index.find_embeddings(["ab" * 32, "cd" * 32])["ab" * 32], embedding)
+    hit = json.loads(json.dumps(index.search(embedding, 1, image.desc)))["hits"]["hits"][0]
+    assert hit["_id"] == image.id
+    assert hit["fields"] == {"file_path": [image.file_path], "desc": [image.desc]}
+    assert os.fsencode(file_path_to_local(hit["fields"]["file_path"][0], "/")) == raw
+    assert list(index.list_paths(str(folder))) == [(image.id, image.file_path)]
+    assert index.count_classes() == {image.desc: 1}
+    assert index.delete([image.id]) == 1
     index.refresh()
     os.unlink(raw)
+
+
+METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=NAMES)
 def test_the_local_file_keeps_any_name(names: list[bytes], tmp_path: Path) -> None:
-    with Local(tmp_path / "index.db", "images") as index:
-        index.create(ModelRecord("thumbnail"))
+    with SqliteIndex(tmp_path / "index.db", "images") as index:
+        index.create(METADATA)
         check(index, names, tmp_path / "images")
 
 
 @pytest.fixture
 def index(elastic: Scripts) -> Index:
-    place = connection(elastic.environment, insecure=False)
-    assert place
-    found = Elastic(place, elastic.index, lambda seconds, why: False, patience=0)
-    found.create(ModelRecord("thumbnail"))
-    return found
+    connection = Connection.from_env(elastic.environment)
+    assert connection
+    index = ElasticsearchIndex(connection, elastic.index, NO_RETRY)
+    index.create(METADATA)
+    assert index.get_metadata() == METADATA
+    return index
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

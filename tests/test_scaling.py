@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagesearch.connection import connection
-from imagesearch.elastic import Elastic
-from imagesearch.embed import Document
-from imagesearch.errors import Failure
-from imagesearch.files import File
+from imagesearch.connection import Connection
+from imagesearch.documents import Document, ImageFile
+from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.errors import ImageSearchError
+from imagesearch.retry import NO_RETRY
 from tests.conftest import Picture, Scripts, Server, averaging_model, scripts_on
 from tests.server import ROOT, Cluster
 from tests.test_scripts import counts
@@ -53,7 +53,7 @@ def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, picture: Picture) 
 
 
 @pytest.mark.parametrize("part", ["0/4", "5/4", "1", "1/0", "a/b", "-1/2", "1/2/3"])
-def test_a_part_that_is_none_is_refused(part: str, local: Scripts) -> None:
+def test_an_invalid_part_is_refused(part: str, local: Scripts) -> None:
     done = local.run("create.py", f"--part={part}")
     assert done.returncode == 2
     assert done.stderr.startswith("create.py: argument --part: must be I/N with I from 1 to N, for example 2/5.")
@@ -160,27 +160,25 @@ def test_a_run_keeps_to_the_index_whose_model_it_has(elastic: Scripts, server: S
     """An alias is switched, then an index replaced by an alias, after a run has asked for the model."""
     picture("images/3.png")
     name, first, second = elastic.index, f"{elastic.index}-v1", f"{elastic.index}-v2"
-    for index_name in (first, second):
-        elastic.index = index_name
+    for elastic.index in (first, second):
         elastic.create()
-    place = connection(elastic.environment, insecure=False)
-    assert place
+    connection = Connection.from_env(elastic.environment)
+    assert connection
     embedding = np.ones(768, np.float32)
-    meanwhile = "has become the name of another index meanwhile: run this again"
+    moved = "now points to another index"
+    image = ImageFile("/p/images/4.png", "./images/4.png", "images", 1, 1)
 
     server.request("POST", "_aliases", {"actions": [{"add": {"index": first, "alias": name}}]})
-    with Elastic(place, name, lambda seconds, why: False, 0) as index:
-        assert index.model()
+    with ElasticsearchIndex(connection, name, NO_RETRY) as index:
+        assert index.get_metadata()
         switch = [{"remove": {"index": first, "alias": name}}, {"add": {"index": second, "alias": name}}]
         server.request("POST", "_aliases", {"actions": switch})
-        with pytest.raises(Failure, match=meanwhile):
-            index.search(embedding, 1, None)
-        with pytest.raises(Failure, match=meanwhile):
-            list(index.write([Document(File("./images/4.png", 1, 1), None, "0" * 64, embedding)]))
-    with Elastic(place, first, lambda seconds, why: False, 0) as index:
-        assert index.model()
+        with pytest.raises(ImageSearchError, match=moved):
+            list(index.write([Document(image, "0" * 64, embedding)]))
+        assert index.search(embedding, 1)["hits"]["hits"][0]["_index"] == second  # the same model: tried once more
+    with ElasticsearchIndex(connection, first, NO_RETRY) as index:
+        assert index.get_metadata()
         switch = [{"remove_index": {"index": first}}, {"add": {"index": second, "alias": first}}]
         server.request("POST", "_aliases", {"actions": switch})
-        with pytest.raises(Failure, match=meanwhile):
-            index.search(embedding, 1, None)
+        assert index.search(embedding, 1)["hits"]["hits"][0]["_index"] == second
     server.request("DELETE", second)

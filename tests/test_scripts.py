@@ -17,24 +17,31 @@ from typing import ClassVar
 from urllib.parse import quote
 
 import pytest
-import trustme
 from PIL import Image
 
+from tests.certificates import CA
 from tests.conftest import Picture, Scripts, Server, averaging_model, image
 from tests.server import ROOT
 
 COUNTS = re.compile(
-    r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated, (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted,"
-    r" (?P<unreadable>[\d,]+) unreadable, (?P<passed>[\d,]+) passed over in [\d.]+ s( \([\d.]+ images/s embedded\))?$",
+    r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated"
+    r"( \((?P<copied>[\d,]+) copied from images with the same content\))?,"
+    r" (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted, (?P<unreadable>[\d,]+) unreadable in [\d.]+ s"
+    r"( \([\d.]+ images/s embedded\))?(; skipped: (?P<skipped>.+))?$",
     re.MULTILINE,
 )
 
 
-def counts(stderr: str) -> dict[str, int]:
-    """The summary's counts that are not 0."""
+def summary(stderr: str) -> dict[str, str]:
+    """The summary's parts that are not 0."""
     found = COUNTS.search(stderr)
     assert found, stderr
-    return {name: int(value.replace(",", "")) for name, value in found.groupdict().items() if value != "0"}
+    return {name: value for name, value in found.groupdict().items() if value not in ("0", None)}
+
+
+def counts(stderr: str) -> dict[str, int]:
+    """The summary's counts that are not 0."""
+    return {name: int(value.replace(",", "")) for name, value in summary(stderr).items() if name != "skipped"}
 
 
 @pytest.fixture
@@ -94,22 +101,24 @@ def test_a_class_and_a_number_of_neighbours_can_be_asked_for(scripts: Scripts, b
     assert [hit["_score"] for hit in hits] == sorted((hit["_score"] for hit in hits), reverse=True)
     assert len(scripts.search(birds[0], "-k", 100)[0]["hits"]["hits"]) == 31
     done = scripts.run("search.py", birds[0], "--desc", "Dodo")
-    assert done.returncode == 0 and "no image of class Dodo" in done.stderr
+    assert done.returncode == 0 and "has no image of class Dodo" in done.stderr
     assert json.loads(done.stdout)["hits"]["hits"] == []
 
 
-def test_several_images_are_answered_in_order_and_a_bad_one_is_named(scripts: Scripts, birds: list[Path]) -> None:
+def test_there_is_one_line_for_each_image_in_order_whether_it_can_be_read_or_not(
+    scripts: Scripts, birds: list[Path]
+) -> None:
     scripts.create()
     (scripts.folder / "bad.png").write_bytes(birds[0].read_bytes()[:100])
     done = scripts.run("search.py", birds[25], "bad.png", "missing.png", birds[2], scripts.folder)
     assert done.returncode == 1
-    found = [json.loads(line)["hits"]["hits"][0]["fields"]["file_path"][0] for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("status") for line in lines] == [None, 400, 400, None, 400]
+    found = [line["hits"]["hits"][0]["fields"]["file_path"][0] for line in lines if "hits" in line]
     assert found == ["./images/deep/down/Wren/5.png", "./images/Bald_Eagle/2.png"]
-    assert re.findall(r"^Cannot read (\S+): ", done.stderr, re.MULTILINE) == [
-        "bad.png",
-        "missing.png",
-        str(scripts.folder),
-    ]
+    named = re.findall(r"^Cannot read (\S+): ", done.stderr, re.MULTILINE)
+    assert named == ["bad.png", "missing.png", str(scripts.folder)]
+    assert lines[2]["error"] == {"type": "image_error", "reason": "Cannot read missing.png: No such file or directory"}
 
 
 def test_a_second_run_embeds_only_what_changed(scripts: Scripts, birds: list[Path], picture: Picture) -> None:
@@ -147,11 +156,15 @@ def test_prune_forgets_what_is_gone_below_the_folder_only(
         ]
 
 
-def test_hidden_and_other_files_are_counted_as_passed_over(scripts: Scripts, picture: Picture) -> None:
+def test_hidden_and_other_files_are_skipped_and_counted_by_kind(scripts: Scripts, picture: Picture) -> None:
     picture("images/a.png")
     picture("images/.b.png")
-    (scripts.folder / "images" / "notes.txt").write_text("no image")
-    assert counts(scripts.create()) == {"new": 1, "passed": 2}
+    for name in ("notes.txt", "more.txt", "vector.svg", "README"):
+        (scripts.folder / "images" / name).write_text("no image")
+    parts = summary(scripts.create())
+    assert parts["new"] == "1"
+    assert parts["skipped"].startswith("2 .txt, ")
+    assert sorted(parts["skipped"].split(", ")) == ["1 .svg", "1 hidden", "1 without extension", "2 .txt"]
 
 
 def test_unreadable_images_are_named_and_the_rest_goes_on(scripts: Scripts, birds: list[Path]) -> None:
@@ -168,7 +181,7 @@ def test_many_unreadable_images_are_counted_but_not_all_named(local: Scripts) ->
         (local.folder / "images" / f"{number}.png").write_bytes(b"no image")
     stderr = local.create(code=1)
     assert counts(stderr) == {"unreadable": 50}
-    assert stderr.count("Cannot read") == 20 and stderr.count("only counted") == 1
+    assert stderr.count("Cannot read") == 20 and stderr.count("they are only counted") == 1
 
 
 def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, birds: list[Path]) -> None:
@@ -177,7 +190,7 @@ def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, b
     (scripts.folder / "images" / "new.png").write_bytes(birds[0].read_bytes())
     stderr = scripts.create("--model", model, code=2)
     assert "made with --model thumbnail" in stderr and "--index" in stderr
-    assert counts(scripts.create()) == {"new": 1, "unchanged": 31}
+    assert counts(scripts.create()) == {"new": 1, "copied": 1, "unchanged": 31}
 
 
 def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list[Path]) -> None:
@@ -193,21 +206,17 @@ def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list
 
     other = averaging_model(scripts.folder / "other.onnx", scale=2)
     done = scripts.run("search.py", birds[7], "--model", other)
-    assert done.returncode == 2 and "not the same" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "is another model" in done.stderr and done.stdout == ""
 
 
-def test_no_index_and_an_empty_one_are_said_in_a_line(scripts: Scripts, birds: list[Path], server: Server) -> None:
+def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, birds: list[Path]) -> None:
     done = scripts.run("search.py", birds[0])
     assert done.returncode == 2 and "create.py" in done.stderr and done.stdout == ""
-    for path in birds[1:]:
-        path.unlink()
     scripts.create()
     birds[0].rename(scripts.folder / "elsewhere.png")
-    shutil.copy(scripts.folder / "elsewhere.png", scripts.folder / "images" / "other.png")
-    scripts.create("--prune")
-    (scripts.folder / "images" / "other.png").unlink()
-    (scripts.folder / "images" / "bad.png").write_bytes(b"no image")
-    scripts.create("--prune", code=1)
+    for path in birds[1:]:
+        path.unlink()
+    scripts.create("--prune-all")
     done = scripts.run("search.py", "elsewhere.png")
     assert done.returncode == 2 and "is empty" in done.stderr and done.stdout == ""
 
@@ -215,19 +224,20 @@ def test_no_index_and_an_empty_one_are_said_in_a_line(scripts: Scripts, birds: l
 def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, birds: list[Path]) -> None:
     stderr = scripts.create("--model", "clip", code=2)
     assert stderr.splitlines()[-1].startswith("create.py: CLIP could not be downloaded")
-    assert "--model FILE" in stderr and "--model thumbnail" in stderr
+    assert "--model FILE" in stderr and "--model thumbnail --index tryout" in stderr
 
 
 def test_without_es_url_a_line_says_which_file_and_how_to_use_elasticsearch(local: Scripts, birds: list[Path]) -> None:
+    line = f"Using the local index file {local.folder}/imagesearch.db. To use Elasticsearch, set ES_URL="
     for output in (local.create(), local.run("search.py", birds[0]).stderr):
-        assert output.startswith("Using the local index file imagesearch.db.") and "ES_URL" in output.splitlines()[0]
-    local.create("--db", "other.db")
-    assert (local.folder / "other.db").exists()
-    assert not list(local.folder.glob("*-wal"))  # one file, when nobody has it open
+        assert output.startswith(line)
+    assert local.create("--db", "other.db").startswith(f"Using the local index file {local.folder}/other.db.")
+    assert "Using" not in local.create("--db", "other.db")  # the choice is explicit, and the file is there
+    assert not list(local.folder.glob("*-wal"))  # one file, if nobody has it open
 
 
-def test_no_images_is_said_in_a_line(local: Scripts) -> None:
-    assert "No such file or directory" in local.create(code=2)
+def test_no_images_is_reported_in_one_line(local: Scripts) -> None:
+    assert "./images: No such file or directory. Put your images there" in local.create(code=2)
     (local.folder / "images").mkdir()
     (local.folder / "images" / "notes.txt").write_text("no image")
     assert local.create(code=2).splitlines()[1].startswith("create.py: There are no images below ./images.")
@@ -241,10 +251,16 @@ def test_no_images_is_said_in_a_line(local: Scripts) -> None:
         ("search.py", "a.png", "-k", "20000"),
         ("search.py", "a.png", "-k", "ten"),
         ("search.py",),
-        ("create.py", "--patience", "nan"),
-        ("create.py", "--patience", "soon"),
+        ("create.py", "--retry-timeout", "nan"),
+        ("create.py", "--retry-timeout", "soon"),
         ("create.py", "--imag", "x"),
         ("create.py", "--model", "missing.onnx"),
+        ("create.py", "--images", ""),
+        ("create.py", "--images", "images", "--images", "other"),
+        ("create.py", "--db", ":memory:"),
+        ("create.py", "--db", ""),
+        ("search.py", "a.png", "--min-score", "2"),
+        ("search.py", "a.png", "--min-score", "nan"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], local: Scripts, picture: Picture) -> None:
@@ -315,8 +331,7 @@ def test_a_terminal_shows_a_bar(local: Scripts, birds: list[Path]) -> None:
                 shown += part
     os.close(ours)
     assert process.returncode == 1
-    assert b"0/31 [00:00" in shown and b"31/31 [00:00" in shown
-    assert b"1 unreadable" in shown
+    assert b"  0%|" in shown and b"100%|" in shown and b"| 31/31, 1 bad" in shown
 
 
 # Elasticsearch alone
@@ -338,9 +353,10 @@ def one_line(scripts: Scripts, birds: list[Path], code: int = 2, **environment: 
 
 def test_a_wrong_password_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
     url = re.sub("admin:[^@]*@", "admin:hunter2@", elastic.environment["ES_URL"])
-    assert "password" in one_line(elastic, birds, ES_URL=url)
+    assert "rejected the user or password in ES_URL" in one_line(elastic, birds, ES_URL=url)
     url = re.sub("admin:[^@]*@", "", elastic.environment["ES_URL"])
-    assert "key" in one_line(elastic, birds, ES_URL=url, ES_API_KEY="hunter2")
+    assert "none was given" in one_line(elastic, birds, ES_URL=url)
+    assert "rejected the API key in ES_API_KEY" in one_line(elastic, birds, ES_URL=url, ES_API_KEY="hunter2")
 
 
 def test_a_host_that_cannot_be_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
@@ -348,16 +364,17 @@ def test_a_host_that_cannot_be_is_one_line(elastic: Scripts, birds: list[Path]) 
 
 
 def test_a_wrong_ca_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
-    trustme.CA().cert_pem.write_to_path(str(elastic.folder / "other.pem"))
-    assert "ES_CA_CERT" in one_line(elastic, birds, ES_CA_CERT=str(elastic.folder / "other.pem"))
-    assert "ES_CA_CERT" in one_line(elastic, birds, ES_CA_CERT="")
+    line = one_line(elastic, birds, ES_CA_CERT=str(CA().write(elastic.folder / "other.pem")))
+    assert "cannot be verified" in line and "other.pem, which is not the CA that signed it" in line
+    assert "set ES_CA_CERT to the file of the CA that signed it" in one_line(elastic, birds, ES_CA_CERT="")
 
 
 def test_no_server_and_a_wrong_url_are_one_line(elastic: Scripts, birds: list[Path]) -> None:
     url = elastic.environment["ES_URL"]
     assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@localhost:9")
     assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@nowhere.invalid:9200")
-    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL=url.replace("https", "http"))
+    line = one_line(elastic, birds, ES_URL=url.replace("https", "http"))
+    assert "No Elasticsearch answers" in line and "ES_URL must begin with https://" in line
     assert "ES_URL" in one_line(elastic, birds, ES_URL=url.replace("https", "ftp"))
 
 
@@ -416,7 +433,9 @@ def test_the_index_is_as_pinned(elastic: Scripts, birds: list[Path], server: Ser
     elastic.create()
     mappings = server.request("GET", f"{elastic.index}/_mapping")[elastic.index]["mappings"]
     assert mappings["dynamic"] == "strict"
-    assert mappings["_meta"] == {"model": "thumbnail", "sha256": "", "preprocessing": 1}
+    folder = str(elastic.folder)
+    meta = {"model": "thumbnail", "sha256": "", "preprocessing": 2, "folder": folder}
+    assert mappings["_meta"] == {"imagesearch": meta}
     embeddings = mappings["properties"]["embeddings"]
     assert (embeddings["type"], embeddings["dims"], embeddings["similarity"]) == ("dense_vector", 768, "cosine")
     assert embeddings["index_options"]["type"] == "int8_hnsw"
@@ -429,11 +448,11 @@ def test_an_index_that_is_not_ours_is_refused_and_left_alone(
     server.request("PUT", elastic.index, {"mappings": {"properties": {"title": {"type": "text"}}}})
     assert "no record of its model" in one_line(elastic, birds)
     assert server.request("GET", f"{elastic.index}/_count")["count"] == 0
-    meta = {"model": "thumbnail", "sha256": "", "preprocessing": 1}
+    meta = {"imagesearch": {"model": "thumbnail", "sha256": "", "preprocessing": 2, "folder": "/"}}
     server.request("DELETE", elastic.index)
     small = {"_meta": meta, "properties": {"embeddings": {"type": "dense_vector", "dims": 8}}}
     server.request("PUT", elastic.index, {"mappings": small})
-    assert "not made by create.py" in one_line(elastic, birds)
+    assert "not made by this version of create.py" in one_line(elastic, birds)
 
 
 def test_vectors_of_another_preprocessing_are_refused(
@@ -441,9 +460,9 @@ def test_vectors_of_another_preprocessing_are_refused(
 ) -> None:
     scripts.create()
     site = scripts.folder / "sitecustomize.py"
-    site.write_text("import imagesearch.models as m\nm.Thumbnail.record = m.ModelRecord('thumbnail', '', 2)\n")
+    site.write_text("import imagesearch.models as m\nm.Thumbnail.info = m.ModelInfo('thumbnail', '', 3)\n")
     path = os.pathsep.join([str(scripts.folder), str(Path(__file__).parent.parent)])
-    assert "differs" in scripts.create(code=2, PYTHONPATH=path)
+    assert "another version of create.py, whose embeddings differ" in scripts.create(code=2, PYTHONPATH=path)
 
 
 def test_a_search_imports_only_what_it_needs(scripts: Scripts, birds: list[Path]) -> None:

@@ -88,7 +88,9 @@ def test_three_variables_are_enough_and_the_example_shows_them() -> None:
     blocks = re.findall(r'variable "(\w+)" \{\n(.*?)\n\}', text, re.DOTALL)
     assert {name for name, body in blocks if "default " not in body} == THREE
     assert all("description" in body for _, body in blocks)
-    assert all("validation {" in body for name, body in blocks if name not in ("elastic_password", "deletion_protection"))
+    assert all(
+        "validation {" in body for name, body in blocks if name not in ("elastic_password", "deletion_protection")
+    )
     example = (FOLDER / "terraform.tfvars.example").read_text()
     assert set(re.findall(r"^(\w+) +=", example, re.MULTILINE)) == THREE
 

@@ -3,7 +3,9 @@
 CLIP's ViT-B/32 vision tower as imgbeddings exports it (its models.py): 12 layers of width 768 with
 12 heads and an MLP of 3072, patches of 32 pixels; the last three hidden states are summed and
 weighted over the tokens by the last three layers' mean attention without the class token; then
-dynamically quantised to uint8. What it costs is what CLIP costs; what it says means nothing.
+dynamically quantized to uint8. As in trained transformers, a few channels of each LayerNorm have gains far
+larger than the rest, so that an embedding made in a batch would depend on the other images of the batch.
+It costs what CLIP costs; its embeddings mean nothing.
 """
 
 from pathlib import Path
@@ -14,8 +16,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-WIDTH, HEADS, MLP, PATCH, SIDE, OPSET = 768, 12, 3072, 32, 224, 17
-TOKENS = (SIDE // PATCH) ** 2 + 1
+WIDTH, HEADS, MLP, PATCH, IMAGE_SIZE, OPSET = 768, 12, 3072, 32, 224, 17
+OUTLIERS = 6
+TOKENS = (IMAGE_SIZE // PATCH) ** 2 + 1
 
 
 class Graph:
@@ -50,7 +53,9 @@ class Graph:
         return self.add("Add", product, self.weight(columns))
 
     def norm(self, x: str) -> str:
-        scale = self.constant(np.ones(WIDTH, np.float32))
+        gains = np.ones(WIDTH, np.float32)
+        gains[self.random.choice(WIDTH, OUTLIERS, replace=False)] = self.random.uniform(5, 20, OUTLIERS)
+        scale = self.constant(gains)
         return self.add("LayerNormalization", x, scale, self.weight(WIDTH), axis=-1, epsilon=1e-5)
 
     def heads(self, x: str) -> str:
@@ -76,7 +81,7 @@ def mlp(graph: Graph, x: str) -> str:
 
 
 def build(path: Path, layers: int = 12, seed: int = 0) -> None:
-    """Writes the model, quantised, to `path`: 88 MB with all 12 layers. At least 3 layers."""
+    """Writes the model, quantized, to `path`: 88 MB with all 12 layers. At least 3 layers."""
     graph = Graph(seed)
     conv = graph.add(
         "Conv", "pixel_values", graph.weight(WIDTH, 3, PATCH, PATCH), kernel_shape=[PATCH] * 2, strides=[PATCH] * 2
@@ -105,7 +110,7 @@ def build(path: Path, layers: int = 12, seed: int = 0) -> None:
     weighted = graph.add("Mul", summed, graph.add("Unsqueeze", shares, graph.shape(2)))
     graph.nodes.append(helper.make_node("ReduceSum", [weighted, graph.shape(1)], ["embeddings"], keepdims=0))
 
-    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])
+    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, IMAGE_SIZE, IMAGE_SIZE])
     embeddings = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", WIDTH])
     proto = helper.make_graph(graph.nodes, "clip_vision", [pixels], [embeddings], graph.weights)
     model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)])

@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from imagesearch.files import shown
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from imagesearch.errors import Misuse
-from imagesearch.files import shown
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
 INDEXED, HELD_OUT, SHOWN = 500, 50, 5
-SIDE = 128
+IMAGE_SIZE = 128
 
 
 def main() -> None:
@@ -34,16 +34,16 @@ def main() -> None:
     found = sum(desc == Path(query).stem.split("-")[0] for query, desc in zip(queries, nearest, strict=True))
     print(f"\n{found} of {len(queries)} held-out digits found one of their own class nearest, with --model {model}.")
     run("search.py", "-k", "12", "--html", "results.html", *queries[:SHOWN])
-    print(f"Look at {shown(os.path.relpath(FOLDER / 'results.html'))}, then put your own pictures into images/.")
+    print(f"Look at {quote_path(os.path.relpath(FOLDER / 'results.html'))}, then put your own pictures into images/.")
 
 
 def write_digits() -> list[str]:
-    """Writes the digits to be indexed below images/, a folder for each class; gives the others' names, `3-517.png`."""
+    """Writes the digits to be indexed below images/, a folder for each class; returns the names of the others, `3-517.png`."""
     digits = load_digits()
     queries = []
     for number in range(INDEXED + HELD_OUT):
         ink = np.asarray(digits.images[number]) / 16  # 0 to 16 in the data set
-        picture = Image.fromarray(np.uint8(255 - 255 * ink)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(np.uint8(255 - 255 * ink)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         digit = digits.target[number]
         name = f"images/{digit}/{number}.png" if number < INDEXED else f"{digit}-{number}.png"
         (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,19 +54,19 @@ def write_digits() -> list[str]:
 
 
 def choose_model() -> str:
-    """`clip` where it is on this machine or can be downloaded; else `thumbnail`, said aloud."""
-    from imagesearch.clip import hub_file
+    """Returns `clip` if it is on this machine or can be downloaded, otherwise `thumbnail`, and says so."""
+    from imagesearch.hub import clip_path
 
     try:
-        hub_file()
-    except Misuse:
-        print("CLIP could not be downloaded: going on with --model thumbnail, which needs no download.", flush=True)
+        clip_path()
+    except UsageError:
+        print("CLIP could not be downloaded; continuing with --model thumbnail, which needs no download.", flush=True)
         return "thumbnail"
     return "clip"
 
 
 def run(script: str, *arguments: str) -> str:
-    """Runs a script in the demo's folder, on the local index, saying so as a shell would; its stdout."""
+    """Runs a script in the demo's folder, on the local index, and shows the command; returns its stdout."""
     few = [*arguments[:5], "…"] if len(arguments) > 5 else arguments
     print("$ python3", script, *few, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "ES_URL"}

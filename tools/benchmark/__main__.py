@@ -26,22 +26,22 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from imagesearch.elastic import PROPERTIES, Elastic
+from imagesearch.files import File, walk
+from imagesearch.local import Local
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from imagesearch import clip
 from imagesearch.cache import model_sha256
 from imagesearch.connection import connection
-from imagesearch.elastic import PROPERTIES, Elastic
 from imagesearch.embed import Document, Loaded, batched, cores, load
-from imagesearch.files import File, walk
 from imagesearch.index import Index
 from imagesearch.int8 import exact_int8
-from imagesearch.local import Local
 from imagesearch.models import DIMENSIONS, ModelRecord
-from tests.benchmark.standin import build, build_processor
-from tests.benchmark.timing import can_drop, cold, timed
-from tests.benchmark.tutorial import load as load_as_tutorial
+from tools.benchmark.standin import build, build_processor
+from tools.benchmark.timing import can_drop, cold, timed
+from tools.benchmark.tutorial import load as load_as_tutorial
 from tests.server import ROOT, Cluster
 
 FOLDER = ROOT / "build" / "benchmark"
@@ -295,7 +295,7 @@ def tutorial(elastic: dict[str, str]) -> Iterator[Row]:
     folder = FOLDER / "hundred"
     if not folder.exists():
         shutil.copytree(SMALL / "0", folder)
-    theirs = run("-m", "tests.benchmark.tutorial", "create", folder, MODEL, "tutorial", **elastic)
+    theirs = run("-m", "tools.benchmark.tutorial", "create", folder, MODEL, "tutorial", **elastic)
     ours = script("create.py", "--images", folder, "--model", MODEL, "--index", "hundred", **elastic)
     yield Row(
         f"100 images, the tutorial's own way {100 / theirs.seconds:.1f} images/s ({theirs.peak:.0f} MB),"
@@ -304,7 +304,7 @@ def tutorial(elastic: dict[str, str]) -> Iterator[Row]:
         "≥ 10×",
     )
     image = SMALL / "3" / "3.jpg"
-    slow = median(lambda: run("-m", "tests.benchmark.tutorial", "search", image, MODEL, "tutorial", **elastic), 3)
+    slow = median(lambda: run("-m", "tools.benchmark.tutorial", "search", image, MODEL, "tutorial", **elastic), 3)
     fast = median(lambda: script("search.py", image, "--index", "hundred", **elastic), 3)
     yield Row(f"a query, the tutorial's own way {slow:.2f} s, search.py {fast:.2f} s", f"{fast / slow:.2f}×", "≤ 0.33×")
 

@@ -1,7 +1,7 @@
 """The tutorial's own way, written from scratch: the model loaded for each file, two requests for each document.
 
-    python -m tests.benchmark.tutorial create FOLDER MODEL INDEX
-    python -m tests.benchmark.tutorial search IMAGE MODEL INDEX
+    python -m tools.benchmark.tutorial create FOLDER MODEL INDEX
+    python -m tools.benchmark.tutorial search IMAGE MODEL INDEX
 
 Its dependencies are made to work, which is more than a reader of the tutorial gets. Model and processor,
 with the tokenizer that `imgbeddings()` also loads each time, are stand-ins of CLIP's size (standin.py).

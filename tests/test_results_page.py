@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from imagesearch import gallery
-from imagesearch.files import File
+from imagesearch import results_page
+from imagesearch.documents import FileMetadata
+from imagesearch.paths import path_to_text
 from tests.conftest import Picture, Scripts, image
 from tests.server import ROOT
 
@@ -37,11 +38,37 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def answer(paths: list[Path | str]) -> dict[str, Any]:
-    """A response with these files as hits."""
-    files = [File(str(path), 0, 0) for path in paths]
-    fields = [{"file_path": [file.file_path], "desc": [file.desc]} for file in files]
-    return {"hits": {"hits": [{"_score": 1 - 0.01 * n, "fields": field} for n, field in enumerate(fields)]}}
+class Files:
+    """An index's file metadata for hits in files that are as they were indexed, or that `changed` names."""
+
+    def __init__(self, changed: str = "") -> None:
+        self.changed = changed
+        self.metadata: dict[str, FileMetadata] = {}
+
+    def response(self, paths: list[Path | str]) -> dict[str, Any]:
+        """A response with these files as hits."""
+        hits = []
+        for number, path in enumerate(paths):
+            text = path_to_text(str(path))
+            desc = path_to_text(os.path.basename(os.path.dirname(path)))
+            hits.append({"_id": text, "_score": 1 - 0.01 * number, "fields": {"file_path": [text], "desc": [desc]}})
+            if os.path.exists(path):
+                status = os.stat(path)
+                mtime = status.st_mtime_ns + (self.changed != "" and self.changed in text)
+                self.metadata[text] = FileMetadata(status.st_size, mtime, "")
+        return {"hits": {"hits": hits}}
+
+    def get_file_metadata(self, ids: list[str]) -> dict[str, FileMetadata]:
+        return {id_: self.metadata[id_] for id_ in ids if id_ in self.metadata}
+
+
+def write_page(path: Path, files: Files, results: list[tuple[str, dict[str, Any]]]) -> None:
+    """Writes a page as search.py does."""
+    page = results_page.Page(path, files, "/")  # type: ignore[arg-type]  # only its file metadata is asked for
+    for query, response in results:
+        with page.open_query(query):
+            page.add(query, response)
+    assert page.write()
 
 
 @pytest.fixture
@@ -57,7 +84,9 @@ def page_file(tmp_path: Path, picture: Picture) -> Path:
     page = tmp_path / "pages" / "results.html"
     page.parent.mkdir()
     more: list[Path | str] = [raw, tmp_path / "images" / "gone.jpg", tmp_path / "images" / "damaged.jpg"]
-    gallery.write_page(page, [(str(query), answer([*hits, *more])), (str(hits[0]), answer([query]))])
+    files = Files()
+    results = [(str(query), files.response([*hits, *more])), (str(hits[0]), files.response([query]))]
+    write_page(page, files, results)
     return page
 
 
@@ -109,7 +138,7 @@ def test_the_policy_forbids_scripts(browser: Browser, page_file: Path) -> None:
 
 def test_files_that_are_gone_or_damaged_have_a_box_that_says_so(browser: Browser, page_file: Path) -> None:
     page, _ = opened(browser, page_file)
-    assert page.locator(".gone").all_text_contents() == ["gone.jpg is gone", "damaged.jpg cannot be read"]
+    assert page.locator(".missing").all_text_contents() == ["gone.jpg is gone", "damaged.jpg cannot be read"]
 
 
 def test_pictures_lead_to_their_originals(browser: Browser, page_file: Path) -> None:
@@ -137,7 +166,7 @@ def test_it_can_be_heard_and_used_without_a_mouse(browser: Browser, page_file: P
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_contrast_enough(scheme: str) -> None:
     """WCAG 2.2, 1.4.3: at least 4.5 to 1, on the paper and on the cards."""
-    light, dark = gallery.STYLE.split("@media (prefers-color-scheme: dark)")[:2]
+    light, dark = results_page.STYLE.split("@media (prefers-color-scheme: dark)")[:2]
     colors = dict(re.findall(r"--(\w+): #([0-9a-f]+);", light if scheme == "light" else dark))
 
     def luminance(name: str) -> float:
@@ -156,7 +185,8 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image((640, 400), 1).save(tmp_path / "a.jpg", exif=exif)
-    thumbnail = Image.open(io.BytesIO(gallery.thumbnail(str(tmp_path / "a.jpg"))))
+    with (tmp_path / "a.jpg").open("rb") as stream:
+        thumbnail = Image.open(io.BytesIO(results_page.thumbnail(stream)))
     assert thumbnail.format == "WEBP"
     assert thumbnail.size == (200, 320)
 
@@ -172,7 +202,8 @@ def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:
             shutil.copy(paths[number % 2], path)
     page = tmp_path / "results.html"
     started = time.monotonic()
-    gallery.write_page(page, [(str(paths[0]), answer(paths))])
+    files = Files()
+    write_page(page, files, [(str(paths[0]), files.response(paths))])
     assert time.monotonic() - started < 4  # two seconds on two idle cores; a shared machine gets twice that
     assert page.stat().st_size < 3_000_000
 
@@ -191,9 +222,8 @@ def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Pictu
     assert page.locator("section").count() == 2
     assert page.locator("li img").count() == 24
     done = scripts.run("search.py", queries[0], "--html", "missing/results.html")
-    assert done.returncode == 1
-    assert done.stdout.count("\n") == 1
-    assert "--html" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert "--html missing/results.html: the file is in a folder that does not exist" in done.stderr
 
 
 def test_a_reader_who_goes_is_no_traceback(local: Scripts, picture: Picture) -> None:
@@ -205,3 +235,64 @@ def test_a_reader_who_goes_is_no_traceback(local: Scripts, picture: Picture) -> 
     )
     assert done.stdout == "{\n"
     assert done.stderr.count("\n") == 1  # which index is used
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_not_shown(tmp_path: Path, picture: Picture) -> None:
+    files = Files(changed="b.png")
+    paths: list[Path | str] = [picture("images/a.png"), picture("images/b.png")]
+    write_page(tmp_path / "results.html", files, [(str(paths[0]), files.response(paths))])
+    html = (tmp_path / "results.html").read_text()
+    assert html.count("<img") == 2  # the query and a.png
+    assert "b.png has changed since it was indexed" in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--html", "1.png", "2.png"), "is one of the images to search for|has the name of an image"),
+        (("--html", "copy", "copy"), "is one of the images to search for"),
+        (("--html", "new.jpg", "2.png"), "has the name of an image"),
+        (("--html", "notes.txt", "2.png"), "is not an HTML page"),
+        (("--html", "folder", "2.png"), "is a folder"),
+    ],
+)
+def test_html_overwrites_nothing_but_a_page(
+    arguments: tuple[str, ...], problem: str, local: Scripts, picture: Picture
+) -> None:
+    picture("images/a.png")
+    for name in ("1.png", "2.png"):
+        picture(name)
+    shutil.copy(local.folder / "1.png", local.folder / "copy")
+    (local.folder / "notes.txt").write_text("notes")
+    (local.folder / "folder").mkdir()
+    local.create()
+    before = {path: path.read_bytes() for path in local.folder.iterdir() if path.is_file() and path.suffix != ".db"}
+    done = local.run("search.py", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.search(rf"^search.py: --html \S+: the file ({problem})\. Use --html", done.stderr, re.MULTILINE)
+    assert before == {path: path.read_bytes() for path in before}
+    for _ in range(2):  # the second time, it overwrites a page
+        assert local.run("search.py", "2.png", "--html", "page").returncode == 0
+
+
+def test_a_page_is_kept_if_no_query_could_be_answered(local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    local.create()
+    local.search(path, "--html", "page.html")
+    before = (local.folder / "page.html").read_bytes()
+    done = local.run("search.py", "missing.png", "--html", "page.html")
+    assert done.returncode == 1
+    assert "page of results" not in done.stderr
+    assert (local.folder / "page.html").read_bytes() == before
+
+
+def test_the_page_finds_the_pictures_from_another_folder(local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    local.create()
+    (local.folder / "elsewhere").mkdir()
+    database = local.folder / "imagesearch.db"
+    local.folder /= "elsewhere"
+    local.search(path, "--db", database, "--html", "page.html")
+    html = (local.folder / "page.html").read_text()
+    assert html.count("<img") == 2
+    assert 'href="../images/a.png"' in html

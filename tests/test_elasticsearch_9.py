@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import Picture, Scripts, Server, environment, unavailable
-from tests.server import Cluster, Unavailable
+from tests.server import Cluster, UnavailableError
 from tests.test_scripts import counts
 
 
@@ -14,10 +14,10 @@ def newest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
     """The scripts on Elasticsearch 9.2, where a JDK 21 or newer is found."""
     try:
         cluster = Cluster("9.2.0")
-    except Unavailable as why:
-        if "JDK" in str(why):
-            pytest.skip(str(why))
-        unavailable(str(why))
+    except UnavailableError as reason:
+        if "JDK" in str(reason):
+            pytest.skip(str(reason))
+        unavailable(str(reason))
     with cluster:
         folder = tmp_path_factory.mktemp("newest")
         yield Scripts(folder, environment(folder) | {"ES_URL": cluster.url, "ES_CA_CERT": str(cluster.ca)})

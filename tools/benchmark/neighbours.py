@@ -1,6 +1,6 @@
 """How good Elasticsearch's neighbours are, and what bounds a load: writes build/neighbours.md.
 
-    python -m tests.benchmark.neighbours [SIZE …]
+    python -m tools.benchmark.neighbours [SIZE …]
 
 Sizes are numbers of documents: 10,000, 20,000 and 100,000 unless given; if given, loads are left out.
 Embeddings are clustered as those of photographs are: a tenth as many centres as there are embeddings, each
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from imagesearch.elastic import Elastic
+from imagesearch.files import File
+from imagesearch.local import Local
 from numpy.typing import NDArray
 
 from imagesearch import elastic as module
 from imagesearch.connection import connection
-from imagesearch.elastic import Elastic
 from imagesearch.embed import Document
-from imagesearch.files import File
-from imagesearch.local import Local
 from imagesearch.models import DIMENSIONS, ModelRecord
-from tests.benchmark.timing import can_drop, drop, timed
+from tools.benchmark.timing import can_drop, drop, timed
 from tests.server import ROOT, Cluster
 
 INTRINSIC = 64

@@ -1,0 +1,206 @@
+"""Images in a bucket: S3, Google Cloud Storage or Azure, read with obstore."""
+
+import contextlib
+import errno
+import io
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, BinaryIO, TypeVar
+
+import obstore
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
+from obstore.store import from_url
+
+from imagesearch.documents import ImageFile
+from imagesearch.errors import UsageError
+from imagesearch.images import image_extensions
+from imagesearch.paths import quote_path
+from imagesearch.retry import RetryableError, RetryPolicy
+from imagesearch.sources import BUCKET_URL, OnError, OnSkip, check_size, content_memory
+
+Result = TypeVar("Result")
+
+# obstore's own retries, for a moment's failure; longer ones are ours, which the user sees.
+RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+HEAD_THREADS = 32
+
+CREDENTIALS_HINT = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")  # asked for credentials if none are set
+
+
+class BucketSource:
+    """A `Source` of the objects below a URL such as ``s3://birds/photos``; prefixes are its folders."""
+
+    def __init__(self, url: str, retry: RetryPolicy) -> None:
+        self.name = url.rstrip("/")
+        self._bucket_url, self._prefix = _split_url(url)
+        self._store = _open_store(self._bucket_url)
+        self._retry = retry
+
+    def check(self) -> None:
+        _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
+
+    def find_images(self, on_skip: OnSkip, on_error: OnError) -> Iterator[ImageFile]:
+        for objects in self._list(None):
+            for meta in objects:
+                key = meta["path"]
+                below = key.removeprefix(self._prefix + "/") if self._prefix else key
+                extension = posixpath.splitext(key)[1].lower()
+                if any(part.startswith(".") for part in below.split("/")):
+                    on_skip("hidden")
+                elif extension not in image_extensions():
+                    on_skip(extension or "without extension")
+                else:
+                    desc = posixpath.basename(posixpath.dirname(key)) or self._bucket_url.rpartition("/")[2]
+                    file_path = f"{self._bucket_url}/{key}"
+                    yield ImageFile(key, file_path, desc, meta["size"], _mtime(meta["last_modified"]))
+
+    @contextlib.contextmanager
+    def open_image(self, image: ImageFile) -> Iterator[tuple[ImageFile, BinaryIO]]:
+        check_size(image.size)
+        with content_memory.reserve(image.size):
+            meta, content = _read(self._store, self._bucket_url, image.location, self._retry)
+            yield replace(image, size=meta["size"], mtime=_mtime(meta["last_modified"])), io.BytesIO(content)
+
+    def find_gone(self, file_paths: Sequence[str]) -> set[str]:
+        keys = [file_path.removeprefix(self._bucket_url + "/") for file_path in file_paths]
+        listed: set[str] = set()
+        for objects in self._list(keys[0]):  # which begins after that key
+            listed.update(meta["path"] for meta in objects)
+            if objects[-1]["path"] >= keys[-1]:
+                break
+        # A listing alone is no proof: some stores do not list in order.
+        missing = [key for key in keys if key not in listed]
+        with ThreadPoolExecutor(HEAD_THREADS) as pool:
+            gone = pool.map(self._is_gone, missing)
+            return {f"{self._bucket_url}/{key}" for key, is_gone in zip(missing, gone, strict=True) if is_gone}
+
+    def _is_gone(self, key: str) -> bool:
+        def head() -> bool:
+            try:
+                _translated(lambda: obstore.head(self._store, key), self._bucket_url)
+            except FileNotFoundError:
+                return True
+            except PermissionError:
+                pass
+            return False
+
+        return self._retry.call(f"The bucket {self._bucket_url}", head)
+
+    def _list(self, offset: str | None) -> Iterator[Sequence[Any]]:
+        """Yields the metadata of the objects below the prefix, in chunks; after the key `offset`, if given."""
+        stream: Iterator[Sequence[Any]] | None = None
+
+        def next_chunk() -> Sequence[Any] | None:
+            nonlocal stream
+            try:
+                stream = stream or iter(obstore.list(self._store, self._prefix or None, offset=offset))
+                return next(stream, None)
+            except BaseException:
+                stream = None  # the next attempt lists from the last key on
+                raise
+
+        while chunk := self._with_retries(next_chunk):
+            yield chunk
+            offset = chunk[-1]["path"]
+
+    def _with_retries(self, function: Callable[[], Result]) -> Result:
+        return self._retry.call(f"The bucket {self._bucket_url}", lambda: _translated(function, self._bucket_url))
+
+
+@contextlib.contextmanager
+def open_object(url: str, retry: RetryPolicy) -> Iterator[BinaryIO]:
+    """Opens the object with this URL. Raises OSError or ValueError if it cannot be read, UsageError without access."""
+    bucket_url, key = _split_url(url)
+    store = _open_store(bucket_url)
+    size = retry.call(f"The bucket {bucket_url}", lambda: _translated(lambda: obstore.head(store, key), bucket_url))
+    check_size(size["size"])
+    with content_memory.reserve(size["size"]):
+        yield io.BytesIO(_read(store, bucket_url, key, retry)[1])
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """Returns the bucket's URL and the key or prefix after it, which is not percent-encoded."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if not bucket or not BUCKET_URL.match(url):
+        raise UsageError(f"{quote_path(url)} names no bucket: it must look like s3://bucket/folder.")
+    return f"{scheme}://{bucket}", key.strip("/")
+
+
+def _open_store(bucket_url: str) -> Any:
+    return _translated(lambda: from_url(bucket_url, retry_config=RETRY_CONFIG), bucket_url)
+
+
+def _read(store: Any, bucket_url: str, key: str, retry: RetryPolicy) -> tuple[Any, bytes]:
+    """Returns an object's metadata and content."""
+
+    def get() -> tuple[Any, bytes]:
+        result = obstore.get(store, key)
+        check_size(result.meta["size"])
+        return result.meta, bytes(result.bytes())
+
+    return retry.call(f"The bucket {bucket_url}", lambda: _translated(get, bucket_url))
+
+
+def _mtime(last_modified: datetime) -> int:
+    """Returns nanoseconds since 1970."""
+    return int(last_modified.timestamp()) * 1_000_000_000 + last_modified.microsecond * 1000
+
+
+def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
+    """Returns ``function()`` with obstore's errors, which show XML and a debug dump, translated.
+
+    Raises UsageError for what waiting does not change, FileNotFoundError and PermissionError for one
+    object, and RetryableError for the rest.
+    """
+    hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
+    try:
+        return function()
+    except (BaseError, FileNotFoundError, ValueError) as error:
+        text, reason = str(error), _short_reason(error)
+        if "NoSuchBucket" in text:
+            raise UsageError(f"There is no bucket {bucket_url} ({reason}).") from None
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        if isinstance(error, PermissionDeniedError):
+            raise PermissionError(errno.EACCES, f"access denied ({reason})") from None
+        if key := re.search(r'[Pp]ath "([^"]*)"', text if isinstance(error, InvalidPathError | ValueError) else ""):
+            raise UsageError(
+                f"{bucket_url}: the key {quote_path(key[1])} has a part that is empty, '.' or '..', which obstore"
+                " cannot read: rename the object, or use --images with another folder of the bucket."
+            ) from None
+        if not isinstance(error, BaseError):
+            raise
+        if any(server in text for server in _METADATA_SERVERS):
+            raise UsageError(f"No credentials for {bucket_url}: set {hint}.") from None
+        if "BadScheme" in text:
+            raise UsageError(
+                f"{bucket_url} cannot be reached: AWS_ENDPOINT_URL must begin with https://, or with http:// and"
+                " AWS_ALLOW_HTTP=true."
+            ) from None
+        if re.match(r"HTTP 4(?!08|29)", reason):
+            raise UsageError(f"{bucket_url} denied access ({reason}): check {hint}.") from None
+        if " - " not in text:  # before any request was sent
+            raise UsageError(f"{bucket_url} cannot be opened ({reason}): check {hint}.") from None
+        raise RetryableError(f"no answer from {bucket_url} ({reason})") from None
+
+
+def _short_reason(error: Exception) -> str:
+    """Returns the HTTP status and the store's error code, or the reason of a network error."""
+    text = str(error)
+    status = re.search(r"status code: (\d{3})", text)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    if status:
+        return " ".join(["HTTP", status[1], *([code[1]] if code else [])])
+    line = text.partition("\n")[0].rpartition(" - ")[2]
+    return line.removeprefix("HTTP error: ").removeprefix("Generic ")[:100]

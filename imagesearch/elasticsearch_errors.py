@@ -1,0 +1,150 @@
+"""Errors of Elasticsearch and of the network, translated into messages that say what to do."""
+
+import ssl
+import textwrap
+from http.client import RemoteDisconnected
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from imagesearch.connection import Connection
+from imagesearch.errors import ImageSearchError, UsageError, describe_error, root_cause
+from imagesearch.paths import quote_path
+from imagesearch.retry import RetryableError
+
+PRIVILEGES_HINT = (
+    "On the index, create.py needs the privileges create_index, read, write, maintenance and view_index_metadata;"
+    " search.py needs read and view_index_metadata."
+)
+
+# OpenSSL's codes, of X509_verify_cert(3)
+_HOST_MISMATCH, _IP_MISMATCH = 62, 64
+_NOT_YET_VALID, _EXPIRED = 9, 10
+
+
+def is_retryable(status: int, error: object) -> bool:
+    """Returns True if a request that failed with this HTTP status and error may succeed later.
+
+    A block on the index (because the disk is full, for example) does not go away by itself.
+    """
+    error_type = error.get("type") if isinstance(error, dict) else None
+    return status in (502, 503, 504) or (status == 429 and error_type != "cluster_block_exception")
+
+
+def error_reason(body: dict[str, Any]) -> str:
+    """Returns Elasticsearch's own reason in an error response, on one line."""
+    error = body.get("error")
+    while isinstance(error, dict) and isinstance(error.get("caused_by"), dict):
+        error = error["caused_by"]
+    text = f"{error.get('type')}: {error.get('reason')}" if isinstance(error, dict) else str(error)
+    return textwrap.shorten(text, 200, placeholder="…").rstrip(".")
+
+
+def hint(body: dict[str, Any]) -> str:
+    """Returns what the user can do about an error response."""
+    if "cluster_block_exception" in str(body.get("error")):
+        return "Free disk space on the server or remove the index's block, then run the command again."
+    if "security_exception" in str(body.get("error")):
+        return PRIVILEGES_HINT
+    return "Fix this, then run the command again."
+
+
+def translate_error(error: Exception, connection: Connection) -> Exception:
+    """Returns the exception to raise in place of one of the elasticsearch client's (ApiError, TransportError).
+
+    A RetryableError if waiting may help, otherwise an ImageSearchError with a hint.
+    """
+    from elasticsearch import ApiError, ConnectionError, ConnectionTimeout
+
+    if isinstance(error, ApiError):
+        body = error.body if isinstance(error.body, dict) else {}
+        reason = error_reason(body) if body else f"HTTP {error.status_code}"
+        if error.status_code == 401:
+            return authentication_error(connection)
+        if is_retryable(error.status_code, body.get("error")):
+            return RetryableError(reason)
+        return ImageSearchError(f"Elasticsearch refused a request: {reason}. {hint(body)}")
+    if isinstance(error, ConnectionError | ConnectionTimeout) and not is_certificate_error(error):
+        return RetryableError(f"no answer from {connection} ({describe_error(root_cause(error))})")
+    return connection_error(error, connection)
+
+
+def authentication_error(connection: Connection) -> UsageError:
+    """Returns the error for HTTP 401."""
+    if connection.api_key:
+        return UsageError(f"{connection} rejected the API key in ES_API_KEY (HTTP 401).")
+    if connection.username:
+        return UsageError(f"{connection} rejected the user or password in ES_URL (HTTP 401).")
+    return UsageError(
+        f"{connection} requires authentication (HTTP 401), and none was given:"
+        " set ES_URL to https://user:password@host:port, or set ES_API_KEY."
+    )
+
+
+def response_error(response: requests.Response, host: str, connection: Connection) -> UsageError | None:
+    """Returns what is wrong with a response that is not Elasticsearch's answer to a permitted user, or None."""
+    if 300 <= response.status_code < 400:
+        location = urlsplit(response.headers.get("Location", ""))
+        target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}" if location.netloc else "another path"
+        return UsageError(f"{host} redirects to {target} (HTTP {response.status_code}): set ES_URL to that address.")
+    if response.status_code == 401:
+        return authentication_error(connection)
+    if response.status_code == 413:
+        return UsageError(f"{host} refused the request because it is too large (HTTP 413): raise the proxy's limit.")
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if response.status_code == 403 and isinstance(body, dict) and "error" in body:  # without the product header
+        return UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}. {PRIVILEGES_HINT}")
+    if response.headers.get("X-Elastic-Product") != "Elasticsearch" or not isinstance(body, dict):
+        content_type = response.headers.get("Content-Type", "no content type")
+        return UsageError(
+            f"{host} is not Elasticsearch, or a proxy answers for it:"
+            f" it answered HTTP {response.status_code} with {content_type}. Check ES_URL."
+        )
+    return None
+
+
+def connection_error(error: Exception, connection: Connection, host: str = "") -> UsageError:
+    """Returns the error for a connection that failed, with the hint that fits its cause."""
+    host = host or str(connection)
+    cause = root_cause(error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return UsageError(
+            f"The certificate of {host} cannot be verified ({cause.verify_message.rstrip('.')}):"
+            f" {_certificate_hint(cause, connection)}"
+        )
+    reason = f"No Elasticsearch answers at {host}: {_one_line(cause)}."
+    if isinstance(cause, ssl.SSLError):
+        return UsageError(f"{reason} If that port does not use TLS, ES_URL must begin with http://.")
+    if host.startswith("http:") and isinstance(cause, RemoteDisconnected | ConnectionResetError):
+        return UsageError(f"{reason} If that port uses TLS, ES_URL must begin with https://.")
+    return UsageError(f"{reason} Check ES_URL and that the server is running.")
+
+
+def is_certificate_error(error: BaseException) -> bool:
+    """Returns True if a certificate failed verification, not just the connection."""
+    return isinstance(root_cause(error), ssl.SSLCertVerificationError)
+
+
+def _certificate_hint(error: ssl.SSLCertVerificationError, connection: Connection) -> str:
+    if error.verify_code in (_HOST_MISMATCH, _IP_MISMATCH):
+        return "use a host name in ES_URL that the certificate was issued for."
+    if error.verify_code in (_EXPIRED, _NOT_YET_VALID):
+        return "renew the server's certificate, or set this machine's clock."
+    if connection.ca_certs is None:
+        return "set ES_CA_CERT to the file of the CA that signed it."
+    return (
+        f"ES_CA_CERT is {quote_path(connection.ca_certs)}, which is not the CA that signed it."
+        " Get this server's CA certificate again."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns the reason of a network exception without the repr of the connection that urllib3 puts before it."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.lower().replace("_", " ")
+    text = describe_error(error)
+    return text.split(": ", 1)[-1].rstrip(".")

@@ -1,0 +1,417 @@
+"""The index on Elasticsearch: written with its Python client, searched with requests."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+import requests
+from numpy.typing import NDArray
+from requests.adapters import HTTPAdapter
+
+from imagesearch.connection import Connection
+from imagesearch.documents import DIMENSIONS, Document, FileMetadata, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.elasticsearch_errors import (
+    connection_error,
+    error_reason,
+    hint,
+    is_certificate_error,
+    is_retryable,
+    response_error,
+    translate_error,
+)
+from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.parallel import batched
+from imagesearch.retry import RetryableError, RetryPolicy
+
+if TYPE_CHECKING:
+    from elasticsearch import Elasticsearch
+
+Result = TypeVar("Result")
+Body = dict[str, Any]
+Pending = dict[str, list[Any]]  # by _id, the lines of the bulk actions that are not done yet, as JSON
+
+REQUEST_TIMEOUT_SECONDS = 60
+CONNECT_TIMEOUT_SECONDS = 10
+BULK_SIZE = 128  # documents in one bulk request: about 1 MB
+PAGE_SIZE = 1000  # documents in one page of a listing
+MIN_CANDIDATES, MAX_CANDIDATES = 500, 10_000  # Elasticsearch's limit is 10,000
+
+META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
+
+# Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and everything
+# else are left to the cluster's index templates.
+PROPERTIES = {
+    "embeddings": {
+        "type": "dense_vector",
+        "dims": DIMENSIONS,
+        "index": True,
+        "similarity": "cosine",
+        "index_options": {"type": "int8_hnsw", "m": 16, "ef_construction": 100},
+    },
+    "desc": {"type": "keyword"},
+    "file_path": {"type": "keyword"},
+    "size": {"type": "long", "index": False},
+    "mtime": {"type": "long", "index": False},
+    "sha256": {"type": "keyword"},
+}
+
+
+class _SSLContextAdapter(HTTPAdapter):
+    """Sends requests with an SSLContext of our own, which requests has no option for."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
+
+
+class ElasticsearchIndex:
+    """An `Index` on Elasticsearch. `index` is its name, or an alias of one index.
+
+    The index that the name stands for is remembered when its metadata is read. If the name comes to
+    stand for another index, writing raises ImageSearchError, since embeddings of another model may
+    be there. Writing and looking up are retried by `retry` while Elasticsearch is unreachable or
+    overloaded; searching and reading metadata try each host once.
+    """
+
+    def __init__(self, connection: Connection, index: str, retry: RetryPolicy) -> None:
+        self._connection = connection
+        self._index = index
+        self._retry = retry
+        self._hosts = list(connection.hosts)
+        self._concrete_index = index
+        self._uuid: str | None = None
+        self._metadata: IndexMetadata | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "_client" in self.__dict__:
+            self._client.close()
+        if "_session" in self.__dict__:
+            self._session.close()
+
+    @functools.cached_property
+    def _client(self) -> "Elasticsearch":
+        """The client that writes; imported late, since importing it takes longer than a search."""
+        from elasticsearch import Elasticsearch, OrjsonSerializer
+
+        options: dict[str, Any] = {}
+        if context := self._connection.ssl_context():
+            options = {"ssl_context": context}
+        elif not self._connection.verify_certs and self._connection.hosts[0].startswith("https"):
+            options = {"verify_certs": False, "ssl_show_warn": False}
+        return Elasticsearch(
+            list(self._connection.hosts),
+            headers=self._connection.headers,
+            request_timeout=REQUEST_TIMEOUT_SECONDS,
+            serializer=OrjsonSerializer(),
+            **options,
+        )
+
+    @functools.cached_property
+    def _session(self) -> requests.Session:
+        """The session that searches, with the client's hosts, credentials and CA, and no others."""
+        session = requests.Session()
+        session.trust_env = False  # no .netrc and no proxies: the client reads neither
+        session.headers.update(self._connection.headers)
+        if context := self._connection.ssl_context():
+            session.verify = self._connection.ca_certs or True
+            session.mount("https://", _SSLContextAdapter(context))
+        elif not self._connection.verify_certs:
+            session.verify = False
+            warnings.filterwarnings("ignore", "Unverified HTTPS request")  # cli.py has warned already
+        return session
+
+    def get_metadata(self) -> IndexMetadata | None:
+        status, body = self._request("GET", quote(self._index))
+        if status == 404:
+            return None
+        if status != 200:
+            raise UsageError(f"The index {self._index} cannot be read: {error_reason(body)}. {hint(body)}")
+        if len(body) != 1:
+            raise UsageError(
+                f"{self._index} is an alias of several indices ({', '.join(sorted(body))}): use one with --index."
+            )
+        ((concrete_index, index),) = body.items()
+        self._metadata = _read_metadata(self._index, index["mappings"])
+        self._concrete_index, self._uuid = concrete_index, index["settings"]["index"]["uuid"]
+        return self._metadata
+
+    def create(self, metadata: IndexMetadata) -> None:
+        meta = {META_KEY: vars(metadata.model) | {"folder": metadata.folder}}
+        mappings = {"dynamic": "strict", "_meta": meta, "properties": PROPERTIES}
+
+        def create_index() -> None:
+            from elasticsearch import BadRequestError
+
+            try:
+                self._client.indices.create(index=self._index, mappings=mappings)
+            except BadRequestError as error:
+                if error.error != "resource_already_exists_exception":
+                    raise
+
+        self._with_retries(create_index)
+
+    def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
+        fields = ["size", "mtime", "sha256"]
+        hits = self._search_all({"ids": {"values": list(ids)}}, size=len(ids), docvalue_fields=fields)
+        return {hit["_id"]: FileMetadata(*(hit["fields"][name][0] for name in fields)) for hit in hits}
+
+    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        query = {"terms": {"sha256": list(sha256s)}}
+        hits = self._search_all(
+            query, size=len(sha256s), collapse={"field": "sha256"}, fields=["embeddings"], docvalue_fields=["sha256"]
+        )
+        return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
+
+    def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:
+        page: dict[str, Any] = {}
+        while hits := self._search_all(
+            {"prefix": {"file_path": folder.rstrip("/") + "/"}},
+            size=PAGE_SIZE,
+            docvalue_fields=["file_path"],
+            sort=[{"file_path": "asc"}],
+            **page,
+        ):
+            yield from ((hit["_id"], hit["fields"]["file_path"][0]) for hit in hits)
+            page = {"search_after": hits[-1]["sort"]}
+
+    def count_classes(self) -> dict[str, int]:
+        aggregation = {"classes": {"terms": {"field": "desc", "size": MAX_CANDIDATES}}}
+        status, body = self._request("POST", f"{quote(self._index)}/_search", {"size": 0, "aggs": aggregation})
+        buckets = body["aggregations"]["classes"]["buckets"] if status == 200 else []
+        return {bucket["key"]: bucket["doc_count"] for bucket in buckets}
+
+    def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
+        for batch in batched(items, BULK_SIZE):
+            pending: Pending = {item.image.id: _bulk_action(self._index, item) for item in batch}
+            missing: set[str] = set()
+            try:
+                self._write_pending(pending, missing)
+            finally:
+                unwritten = pending.keys() | missing
+                yield from (item for item in batch if item.image.id not in unwritten)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        pending: Pending = {id_: [_dumps({"delete": {"_index": self._index, "_id": id_}})] for id_ in ids}
+        missing: set[str] = set()
+        if pending:
+            self._write_pending(pending, missing)
+        return len(ids) - len(missing)
+
+    def refresh(self) -> None:
+        self._with_retries(lambda: self._client.indices.refresh(index=self._index))
+
+    def search(
+        self, embedding: NDArray[np.float32], k: int, desc: str | None = None, min_score: float | None = None
+    ) -> dict[str, Any]:
+        # The candidates are found by their int8 vectors; twice as many as are asked for are scored
+        # again by their exact ones. docs/scaling.md has the recall that this gives.
+        knn: Body = {
+            "field": "embeddings",
+            "query_vector": embedding.tolist(),
+            "k": k,
+            "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * k)),
+            "rescore_vector": {"oversample": 2},
+        }
+        body: Body = {"knn": knn, "size": k, "_source": False, "fields": ["file_path", "desc"]}
+        if desc is not None:
+            knn["filter"] = {"term": {"desc": desc}}
+        if min_score is not None:
+            knn["similarity"] = 2 * min_score - 1  # the cosine
+            body["min_score"] = min_score
+        return self._search_once(body) or self._search_moved(body)
+
+    def _search_once(self, body: Body) -> dict[str, Any] | None:
+        """Returns the response, or None if the name no longer stands for the index whose metadata was read."""
+        status, response = self._request("POST", f"{quote(self._index)}/_search", body)
+        if status == 200:
+            moved = any(hit["_index"] != self._concrete_index for hit in response["hits"]["hits"])
+            return None if moved else response
+        if status == 404:
+            return None
+        reason = error_reason(response)
+        if "rescore_vector" in reason:
+            raise UsageError("This Elasticsearch is too old: search.py needs version 8.18 or newer (rescore_vector).")
+        raise ImageSearchError(f"Elasticsearch cannot search the index {self._index}: {reason}.")
+
+    def _search_moved(self, body: Body) -> dict[str, Any]:
+        """Repeats a search that was cut off because the name was moved to another index."""
+        before = self._metadata
+        after = self.get_metadata()
+        compatible = before and after and before.model.is_compatible(after.model)
+        response = self._search_once(body) if compatible else None
+        if response is None:
+            raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+        return response
+
+    def _request(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
+        """Sends one request to the first host that answers; returns the status and the JSON body.
+
+        Raises UsageError if no host answers, or if something other than this user's Elasticsearch does.
+        """
+        error: UsageError | None = None
+        for host in self._hosts.copy():
+            try:
+                response = self._session.request(
+                    method,
+                    f"{host}/{path}",
+                    json=body,
+                    timeout=(CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS),
+                    allow_redirects=False,  # a POST would become a GET without its body
+                )
+            except (requests.exceptions.RequestException, ValueError) as failure:  # ValueError: an impossible host name
+                error = connection_error(failure, self._connection, host)
+                if is_certificate_error(failure):
+                    break
+                continue
+            error = response_error(response, host, self._connection)
+            if response.status_code in (502, 503, 504) and host != self._hosts[-1]:
+                continue
+            if error:
+                break
+            self._hosts.sort(key=lambda other: other != host)  # the next request goes there first
+            return response.status_code, response.json()
+        raise error or UsageError("ES_URL names no host.")
+
+    def _search_all(self, query: Body, **options: Any) -> list[dict[str, Any]]:
+        """Returns all hits of a search on all shards; retried while a shard is missing."""
+
+        def search() -> list[dict[str, Any]]:
+            response = self._client.search(
+                index=self._index, query=query, source=False, track_total_hits=False, **options
+            )
+            if response["_shards"]["failed"] or response["timed_out"]:
+                raise RetryableError(f"a shard of the index {self._index} is missing")
+            hits: list[dict[str, Any]] = response["hits"]["hits"]
+            return hits
+
+        return self._with_retries(search)
+
+    def _write_pending(self, pending: Pending, missing: set[str]) -> None:
+        """Sends bulk actions, by ``_id``, and removes from `pending` what Elasticsearch has done.
+
+        `missing` receives the documents that are not there to update or delete.
+        """
+        self._with_retries(lambda: self._send_bulk(pending, missing, list(pending)))
+        self._check_index()
+
+    def _send_bulk(self, pending: Pending, missing: set[str], ids: list[str]) -> None:
+        """Sends the actions `ids` of `pending` in one request, or in halves if a proxy finds it too large.
+
+        Raises RetryableError if some were rejected for now, ImageSearchError if for good.
+        """
+        from elasticsearch import ApiError
+
+        try:
+            response = self._client.bulk(operations=list(itertools.chain.from_iterable(pending[id_] for id_ in ids)))
+        except ApiError as error:
+            if error.status_code != 413 or len(ids) == 1:
+                raise
+            middle = len(ids) // 2
+            self._send_bulk(pending, missing, ids[:middle])
+            self._send_bulk(pending, missing, ids[middle:])
+            return
+        rejected: list[dict[str, Any]] = []
+        for item in response["items"]:
+            (result,) = item.values()
+            if result["_index"] != self._concrete_index:
+                self._check_index()
+                raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+            error_type = (result.get("error") or {}).get("type")
+            if error_type == "document_missing_exception" or result.get("result") == "not_found":
+                missing.add(result["_id"])
+            elif error_type is not None:
+                rejected.append(result)
+                continue
+            del pending[result["_id"]]
+        for result in rejected:
+            if not is_retryable(result["status"], result["error"]):
+                raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}. {hint(result)}")
+        if rejected:
+            reason = f"it rejected {len(rejected)} documents for now ({error_reason(rejected[0])})"
+            raise RetryableError(reason, progress=len(rejected) < len(ids))
+
+    def _check_index(self) -> None:
+        """Raises ImageSearchError if the name stands for another index than the one whose metadata was read.
+
+        If the index was deleted, Elasticsearch has made a new one from the bulk request, with a guessed
+        mapping. It is deleted again; if that is not permitted, its missing metadata keeps others from using it.
+        """
+        from elasticsearch import ApiError
+
+        found = self._with_retries(
+            lambda: dict(self._client.indices.get(index=self._index, ignore_unavailable=True, allow_no_indices=True))
+        )
+        if {name: index["settings"]["index"]["uuid"] for name, index in found.items()} == {
+            self._concrete_index: self._uuid
+        }:
+            return
+        for name, index in found.items():
+            if META_KEY in index["mappings"].get("_meta", {}):
+                raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+            try:
+                self._client.indices.delete(index=name)
+            except ApiError:
+                raise ImageSearchError(
+                    f"The index {self._index} was deleted during the run, and Elasticsearch made a new one from"
+                    " what this run wrote, with a mapping of its own. Delete it, then run the command again."
+                ) from None
+        raise ImageSearchError(
+            f"The index {self._index} was deleted during the run. Run the command again to build a new one."
+        )
+
+    def _with_retries(self, function: Callable[[], Result]) -> Result:
+        """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded."""
+        from elasticsearch import ApiError, TransportError
+
+        def attempt() -> Result:
+            try:
+                return function()
+            except (ApiError, TransportError) as error:
+                raise translate_error(error, self._connection) from None
+
+        return self._retry.call("Elasticsearch", attempt)
+
+
+def _read_metadata(index: str, mappings: dict[str, Any]) -> IndexMetadata:
+    """Returns what create.py recorded in the mapping. Raises UsageError for an index that it did not make."""
+    meta = dict(mappings.get("_meta", {}).get(META_KEY, {}))
+    dims = mappings.get("properties", {}).get("embeddings", {}).get("dims")
+    try:
+        folder = meta.pop("folder")
+        metadata = IndexMetadata(ModelInfo(**meta), folder)
+    except (KeyError, TypeError):
+        metadata = None
+    if metadata is None or dims != DIMENSIONS:
+        raise UsageError(
+            f"The index {index} was not made by this version of create.py: it has no record of its model."
+            " Use --index with another name, or delete the index and run create.py again."
+        )
+    return metadata
+
+
+def _bulk_action(index: str, item: Document | MetadataUpdate) -> list[bytes]:
+    """Returns the two lines of the bulk action that brings the index up to date with `item`."""
+    image = item.image
+    body: Body = {"size": image.size, "mtime": image.mtime}
+    target = {"_index": index, "_id": image.id}
+    if isinstance(item, MetadataUpdate):
+        return [_dumps({"update": target | {"retry_on_conflict": 3}}), _dumps({"doc": body})]
+    body |= {"file_path": image.file_path, "desc": image.desc, "sha256": item.sha256, "embeddings": item.embedding}
+    return [_dumps({"index": target}), _dumps(body)]
+
+
+def _dumps(value: Body) -> bytes:
+    """Returns `value` as JSON; numpy's vectors are taken as they are, 15 times faster than as lists."""
+    import orjson
+
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

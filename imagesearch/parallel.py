@@ -1,0 +1,111 @@
+"""Bounded parallel map, batches, available CPUs, and a limit on memory."""
+
+import contextlib
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_buffered(
+    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], buffersize: int
+) -> Iterator[Result]:
+    """Yields ``function(item)`` for each item, in order; at most `buffersize` calls are ahead of the consumer.
+
+    ``Executor.map`` has a `buffersize` of its own from Python 3.14 on.
+    """
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) >= buffersize:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:  # the consumer may stop early
+        for future in pending:
+            future.cancel()
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields lists of `size` items; the last one may be shorter.
+
+    Unlike ``itertools.batched`` (Python 3.12), it yields what it has before it raises what `items` raises,
+    so that the embeddings made before an error are still written.
+    """
+    iterator = iter(items)
+    batch: list[Item] = []
+    try:
+        for item in iterator:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def available_cpus() -> int:
+    """Returns how many CPUs this process may use, by its affinity and its cgroups' quotas."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        cgroups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # not Linux
+        return count
+    for _, controllers, name in cgroups:
+        if controllers and "cpu" not in controllers.split(","):  # version 2 names no controllers
+            continue
+        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", name.lstrip("/"))
+        for cgroup in (folder, *folder.parents):
+            count = int(min(count, max(1, _cpu_quota(cgroup))))
+    return count
+
+
+def _cpu_quota(cgroup: Path) -> float:
+    """Returns the CPUs that a cgroup may use, by version 2 or 1; infinity if it sets no limit.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except (OSError, ValueError):  # the files of the other version, or none
+            continue
+        if quota not in ("max", "-1"):
+            return int(quota) / int(period)
+    return math.inf
+
+
+class MemoryLimit:
+    """Lets threads reserve bytes from a common limit; a thread that finds no room waits for the others."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._reserved_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def reserve(self, size_bytes: int) -> Iterator[None]:
+        """Reserves `size_bytes` for the block. More than the limit is granted if nothing else is reserved."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._reserved_bytes == 0 or self._reserved_bytes + size_bytes <= self._limit_bytes
+            )
+            self._reserved_bytes += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved_bytes -= size_bytes
+                self._changed.notify_all()

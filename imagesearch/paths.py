@@ -1,0 +1,46 @@
+"""Paths as text and back, quoted for a shell, normalized."""
+
+import os
+import re
+import shlex
+
+
+def path_to_text(path: str) -> str:
+    r"""Returns an operating system path as text; a byte that is not UTF-8 becomes ``\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def path_from_text(text: str) -> str:
+    """Returns the operating system path for text from `path_to_text`."""
+    if os.path.lexists(text):
+        return text
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda byte: bytes.fromhex(byte[1].decode()), text.encode())
+    return os.fsdecode(raw)
+
+
+def quote_path(path: str) -> str:
+    """Returns `path` on one line, quoted so that it can be pasted into a shell."""
+    if path.isprintable():
+        return shlex.quote(path)
+    return "$'" + os.fsencode(path).decode("latin-1").encode("unicode_escape").decode().replace("'", "\\'") + "'"
+
+
+def normalize_folder(folder: str, base: str) -> str:
+    """Returns the one name of `folder` in an index: ``./…`` if it is below `base`, absolute otherwise.
+
+    `base` is an absolute path without symbolic links. Symbolic links in `folder` are resolved, so
+    ``link/..`` is what it is for the shell's commands.
+    """
+    path = os.path.realpath(folder)
+    if path == base:
+        return "."
+    below = path.removeprefix(base.rstrip(os.sep) + os.sep)
+    return path if below == path else os.path.join(".", below)
+
+
+def file_path_to_local(file_path: str, folder: str) -> str:
+    """Returns the operating system path for a `file_path` of the index.
+
+    `folder` is the folder, as text, that the index's relative paths belong to.
+    """
+    return path_from_text(os.path.normpath(os.path.join(folder, file_path)))

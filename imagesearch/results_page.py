@@ -1,0 +1,229 @@
+"""The results as an HTML page: one file, no scripts, nothing loaded from anywhere."""
+
+import base64
+import hashlib
+import html
+import io
+import os
+import posixpath
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from imagesearch.cache import atomic_write
+from imagesearch.documents import FileMetadata
+from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.images import image_extensions, read_image
+from imagesearch.index import Index
+from imagesearch.parallel import available_cpus
+from imagesearch.paths import file_path_to_local, path_to_text, quote_path
+from imagesearch.sources import BUCKET_URL, open_query, query_name
+
+THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
+THUMBNAIL_QUALITY = 75
+READERS = 16  # at least so many pictures are read at once, for those in a bucket
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1f; --soft: #5c5c66; --card: #f3f3f6; --line: #d5d5dd;
+  --mark: #0f62fe; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16161a; --ink: #f1f1f4; --soft: #acacb8; --card: #222228; --line: #3a3a44; --mark: #78a9ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 90rem; padding: 1.5rem clamp(1rem, 4vw, 3rem); background: var(--paper);
+  color: var(--ink); font: 1rem/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 1.5rem; }
+section + section { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 2rem; }
+.query { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: end; margin-bottom: 1.5rem; }
+.query img, .query .missing { width: min(20rem, 100%); }
+h2 { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .25rem 0; color: var(--soft); overflow-wrap: anywhere; }
+ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(12.5rem, 45%), 1fr)); }
+li { background: var(--card); border-radius: .6rem; overflow: hidden; break-inside: avoid; }
+li img, li .missing { aspect-ratio: 1; width: 100%; object-fit: contain; background: var(--paper);
+  border: 1px solid var(--card); border-radius: .6rem; display: block; }
+img { max-width: 100%; height: auto; border-radius: .6rem; }
+.missing { display: grid; place-content: center; min-height: 8rem; padding: 1rem; color: var(--soft);
+  text-align: center; border: 2px dashed var(--line); border-radius: .6rem; }
+li div { padding: .6rem .8rem .8rem; }
+li strong { display: block; overflow-wrap: anywhere; }
+li p { font-size: .8rem; }
+.score { float: right; color: var(--soft); font-variant-numeric: tabular-nums; margin-left: .5rem; }
+a { color: inherit; }
+a:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
+@media print { body { padding: 0; max-width: none; } li { border: 1px solid var(--line); } }
+"""
+
+# The page may load the pictures inside it and this style: no scripts, no requests, no forms.
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; form-action 'none'"
+
+HEAD = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="referrer" content="no-referrer">
+<title>Nearest images</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header><h1>Nearest images</h1></header>
+<main>
+"""
+
+
+def check_page_path(text: str, images: Sequence[str]) -> Path:
+    """Returns the path of the page. Raises UsageError for a file that should not be overwritten."""
+    path = Path(text)
+    problem = ""
+    if any(image != "-" and os.path.exists(image) and path.exists() and path.samefile(image) for image in images):
+        problem = "is one of the images to search for"
+    elif path.suffix.lower() in image_extensions():
+        problem = "has the name of an image"
+    elif path.is_dir():
+        problem = "is a folder"
+    elif not path.parent.is_dir():
+        problem = "is in a folder that does not exist"
+    elif path.exists():
+        try:
+            with path.open("rb") as file:
+                start = file.read(1000).lstrip().lower()
+        except OSError as error:
+            problem = f"cannot be read ({describe_error(error)})"
+        else:
+            problem = "" if not start or start.startswith((b"<!doctype html", b"<html")) else "is not an HTML page"
+    if problem:
+        raise UsageError(f"--html {quote_path(text)}: the file {problem}. Use --html with the name of a new file.")
+    return path
+
+
+class Page:
+    """A page of results: for each query a section with its picture and its hits.
+
+    `folder` is the folder, as text, that the index's relative paths belong to.
+    """
+
+    def __init__(self, path: Path, index: Index, folder: str) -> None:
+        self._path = path
+        self._index = index
+        self._folder = folder
+        self._results: list[tuple[str, dict[str, Any]]] = []
+        self._thumbnails: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def open_query(self, query: str) -> Iterator[BinaryIO]:
+        """Opens a query as `sources.open_query` does, and keeps its thumbnail."""
+        with open_query(query) as stream:
+            picture = thumbnail(stream)
+            with self._lock:
+                self._thumbnails.setdefault(query, picture)
+            yield stream
+
+    def add(self, query: str, response: dict[str, Any]) -> None:
+        """Adds a section with Elasticsearch's response to a query."""
+        self._results.append((query, response))
+
+    def write(self) -> bool:
+        """Writes the page, unless no query was answered; returns True if it was written.
+
+        Thumbnails are made on all CPUs. Raises ImageSearchError if the file cannot be written.
+        """
+        if not self._results:
+            return False
+        try:
+            with atomic_write(self._path) as temporary:
+                self._write_sections(temporary)
+        except OSError as error:
+            raise ImageSearchError(
+                f"{quote_path(str(self._path))} cannot be written: {describe_error(error)}. Use another --html."
+            ) from None
+        return True
+
+    def _write_sections(self, path: Path) -> None:
+        threads = max(READERS, available_cpus())
+        with path.open("w", encoding="utf-8") as page, ThreadPoolExecutor(threads) as pool:
+            page.write(HEAD)
+            for number, (query, response) in enumerate(self._results, 1):
+                page.writelines(self._section(number, query, response["hits"]["hits"], pool))
+            page.write("</main>\n</body>\n</html>\n")
+
+    def _section(self, number: int, query: str, hits: list[dict[str, Any]], pool: ThreadPoolExecutor) -> Iterator[str]:
+        """Yields the HTML of one query: its picture, then its hits in order."""
+        indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
+        file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
+        pictures = pool.map(self._hit_picture, file_paths)
+        shown = query_name(query)
+        name = escape(posixpath.basename(shown) or shown)
+        yield f"""<section aria-labelledby="query-{number}">
+<div class="query">
+{self._query_picture(query, name)}
+<div><h2 id="query-{number}">Nearest to {name}</h2>
+<p>{escape(shown)}</p>
+<p>{len(hits)} {"image" if len(hits) == 1 else "images"}, nearest first; a score of 1 means the same picture</p></div>
+</div>
+<ol>
+"""
+        for hit, picture in zip(hits, pictures, strict=True):
+            fields = hit["fields"]
+            yield f"""<li>{picture}
+<div><span class="score" title="(1 + cosine) / 2">{hit["_score"]:.4f}</span><strong>{escape(fields["desc"][0])}</strong>
+<p>{escape(fields["file_path"][0])}</p></div></li>
+"""
+        yield "</ol>\n</section>\n"
+
+    def _query_picture(self, query: str, name: str) -> str:
+        """Returns the HTML of a query's thumbnail, linked to its file, if it is one."""
+        picture = _image_element(self._thumbnails[query], name)
+        return self._linked(picture, query) if query != "-" and os.path.isfile(query) else picture
+
+    def _hit_picture(self, hit: tuple[str, FileMetadata | None]) -> str:
+        """Returns the HTML of a hit's thumbnail, linked to its file; or a box that says why there is none.
+
+        Objects in a bucket are not linked: a signed link would stay valid for whoever has the page.
+        """
+        file_path, indexed = hit
+        name = escape(posixpath.basename(file_path))
+        in_bucket = BUCKET_URL.match(file_path)
+        path = file_path if in_bucket else file_path_to_local(file_path, self._folder)
+        try:
+            if not in_bucket:
+                status = os.stat(path)
+                if indexed and (status.st_size, status.st_mtime_ns) != (indexed.size, indexed.mtime):
+                    return f'<div class="missing">{name} has changed since it was indexed</div>'
+            with open_query(path) as stream:
+                picture = _image_element(thumbnail(stream), name)
+        except FileNotFoundError:
+            return f'<div class="missing">{name} is gone</div>'
+        except Exception:  # Pillow raises nearly anything for a damaged file
+            return f'<div class="missing">{name} cannot be read</div>'
+        return picture if in_bucket else self._linked(picture, path)
+
+    def _linked(self, picture: str, path: str) -> str:
+        folder = os.fsencode(os.path.dirname(os.path.abspath(self._path)))
+        link = quote(os.path.relpath(os.fsencode(os.path.abspath(path)), folder))
+        return f'<a href="{link}">{picture}</a>'
+
+
+def _image_element(webp: bytes, name: str) -> str:
+    return f'<img src="data:image/webp;base64,{base64.b64encode(webp).decode()}" alt="{name}">'
+
+
+def thumbnail(stream: BinaryIO) -> bytes:
+    """Returns the image in `stream` as a WebP of at most 320 pixels a side."""
+    image = read_image(stream)
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    webp = io.BytesIO()
+    image.save(webp, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
+    return webp.getvalue()
+
+
+def escape(text: str) -> str:
+    r"""Returns `text` as HTML that shows it; a byte that is not UTF-8 as ``\xff``."""
+    return html.escape(path_to_text(text))

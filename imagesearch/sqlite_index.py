@@ -1,0 +1,235 @@
+"""The index in one SQLite file: one row per image, searched with sqlite-vec."""
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import apsw
+import numpy as np
+import sqlite_vec
+from numpy.typing import NDArray
+
+from imagesearch.documents import Document, FileMetadata, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.parallel import batched
+from imagesearch.paths import quote_path
+
+APPLICATION_ID = 0x494D5345  # "IMSE": marks the file as this project's
+SCHEMA_VERSION = 2
+TRANSACTION_SIZE = 128  # documents in one transaction
+BUSY_TIMEOUT_SECONDS = 60
+PAGE_BYTES = 16_384  # four rows
+
+SCHEMA = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+CREATE TABLE IF NOT EXISTS indexes (name TEXT PRIMARY KEY, metadata TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS images (
+    index_name TEXT NOT NULL, id TEXT NOT NULL, file_path TEXT NOT NULL, "desc" TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime INTEGER NOT NULL, sha256 TEXT NOT NULL, embedding BLOB NOT NULL -- 768 little-endian float32
+);
+CREATE UNIQUE INDEX IF NOT EXISTS images_id ON images (index_name, id);
+CREATE INDEX IF NOT EXISTS images_file_path ON images (index_name, file_path);
+CREATE INDEX IF NOT EXISTS images_desc ON images (index_name, "desc");
+CREATE INDEX IF NOT EXISTS images_sha256 ON images (index_name, sha256);
+"""
+
+# Without a class, every row is read: + keeps SQLite from looking each one up through an index.
+SEARCH = """
+SELECT id, file_path, "desc", vec_distance_cosine(embedding, :embedding) AS distance FROM images
+WHERE {} ORDER BY distance, file_path LIMIT :k
+"""
+SEARCH_ALL = SEARCH.format("+index_name = :name")
+SEARCH_CLASS = SEARCH.format('index_name = :name AND "desc" = :desc')
+
+
+class SqliteIndex:
+    """An `Index` named `name` in the SQLite file `path`, which is created with the index.
+
+    A file that is not writable, or on a read-only disk, can be searched.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._name = name
+        self._database: apsw.Connection | None = None
+        self._lock = threading.Lock()  # embeddings are looked up on another thread than they are written
+
+    def __enter__(self) -> Self:
+        if self._path.exists():
+            self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._database:
+            self._database.close()
+
+    def _open(self) -> apsw.Connection:
+        """Opens the file, or creates an empty one. Raises UsageError if it is not an index of this project."""
+        with self._explain_errors():
+            database = apsw.Connection(str(self._path))
+            self._database = database
+            database.set_busy_timeout(1000 * BUSY_TIMEOUT_SECONDS)
+            database.enable_load_extension(True)
+            database.load_extension(sqlite_vec.loadable_path())
+            application_id, version, empty = database.execute(
+                "SELECT application_id, user_version, NOT EXISTS (SELECT * FROM sqlite_schema)"
+                " FROM pragma_application_id, pragma_user_version"
+            ).get
+        if empty:
+            return database
+        if application_id != APPLICATION_ID:
+            raise UsageError(
+                f"{quote_path(str(self._path))} is a database, but not an index made by create.py: use another --db."
+            )
+        if version != SCHEMA_VERSION:
+            raise UsageError(
+                f"{quote_path(str(self._path))} was made by another version of create.py:"
+                " delete it and run create.py again."
+            )
+        return database
+
+    def get_metadata(self) -> IndexMetadata | None:
+        if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'indexes'"):
+            return None
+        rows = self._select("SELECT metadata FROM indexes WHERE name = ?", self._name)
+        if not rows:
+            return None
+        metadata = json.loads(rows[0][0])
+        return IndexMetadata(ModelInfo(**metadata["model"]), metadata["folder"])
+
+    def create(self, metadata: IndexMetadata) -> None:
+        database = self._database or self._open()
+        with self._explain_errors():
+            database.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
+        with self._transaction():
+            database.execute(SCHEMA)
+            row = (self._name, json.dumps(asdict(metadata)))
+            database.execute("INSERT OR IGNORE INTO indexes VALUES (?, ?)", row)
+
+    def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
+        query = """SELECT id, size, mtime, sha256 FROM images
+                   WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"""
+        return {id_: FileMetadata(*row) for id_, *row in self._select(query, self._name, json.dumps(ids))}
+
+    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        query = """SELECT sha256, embedding FROM images
+                   WHERE index_name = ? AND sha256 IN (SELECT value FROM json_each(?)) GROUP BY sha256"""
+        rows = self._select(query, self._name, json.dumps(sha256s))
+        return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
+
+    def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
+        for batch in batched(items, TRANSACTION_SIZE):
+            with self._transaction():
+                written = [item for item in batch if self._write_one(item)]
+            yield from written
+
+    def _write_one(self, item: Document | MetadataUpdate) -> bool:
+        """Writes one document; returns False if there is none whose metadata could be updated."""
+        assert self._database
+        image = item.image
+        if isinstance(item, MetadataUpdate):
+            update = "UPDATE images SET size = ?, mtime = ? WHERE index_name = ? AND id = ?"
+            self._database.execute(update, (image.size, image.mtime, self._name, image.id))
+            return self._database.changes() == 1
+        row = (image.file_path, image.desc, image.size, image.mtime, item.sha256, item.embedding.tobytes())
+        insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (index_name, id) DO UPDATE
+                    SET size = excluded.size, mtime = excluded.mtime, sha256 = excluded.sha256,
+                        embedding = excluded.embedding"""
+        self._database.execute(insert, (self._name, image.id, *row))
+        return True
+
+    def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:
+        prefix, after = folder.rstrip("/") + "/", ""
+        query = """SELECT id, file_path FROM images WHERE index_name = ? AND file_path > ? AND file_path >= ?
+                   AND substr(file_path, 1, ?) = ? ORDER BY file_path LIMIT 1000"""
+        while page := self._select(query, self._name, after, prefix, len(prefix), prefix):
+            yield from page
+            after = page[-1][1]
+
+    def delete(self, ids: Sequence[str]) -> int:
+        query = "DELETE FROM images WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"
+        with self._transaction() as database:
+            database.execute(query, (self._name, json.dumps(ids)))
+            return database.changes()
+
+    def refresh(self) -> None:
+        """Does nothing: what is committed is visible."""
+
+    def count_classes(self) -> dict[str, int]:
+        return dict(
+            self._select('SELECT "desc", count(*) FROM images WHERE index_name = ? GROUP BY "desc"', self._name)
+        )
+
+    def search(
+        self, embedding: NDArray[np.float32], k: int, desc: str | None = None, min_score: float | None = None
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        values = {
+            "name": self._name,
+            "embedding": embedding.astype(np.float32).tobytes(),
+            "k": k,
+        }
+        rows = self._select(SEARCH_ALL if desc is None else SEARCH_CLASS, values | {"desc": desc})
+        hits = [
+            {
+                "_index": self._name,
+                "_id": id_,
+                "_score": min(1.0, 1 - distance / 2),  # (1 + cosine) / 2, as Elasticsearch has it
+                "fields": {"file_path": [file_path], "desc": [class_]},
+            }
+            for id_, file_path, class_, distance in rows
+            if min_score is None or 1 - distance / 2 >= min_score
+        ]
+        return {
+            "took": int((time.perf_counter() - started) * 1000),
+            "timed_out": False,
+            "_shards": {"total": 1, "successful": 1, "skipped": 0, "failed": 0},
+            "hits": {
+                "total": {"value": len(hits), "relation": "eq"},
+                "max_score": hits[0]["_score"] if hits else None,
+                "hits": hits,
+            },
+        }
+
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        """Returns all rows of a query; `values` are its parameters, or one dict of them."""
+        assert self._database
+        parameters = values[0] if values and isinstance(values[0], dict) else values
+        with self._lock, self._explain_errors():
+            return self._database.execute(query, parameters).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[apsw.Connection]:
+        """Runs a transaction: all of it is in the file afterwards, or nothing, whatever happens."""
+        assert self._database
+        with self._lock, self._explain_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            finally:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        """Translates SQLite's errors into messages that say what to do."""
+        path = quote_path(str(self._path))
+        try:
+            yield
+        except apsw.BusyError:
+            raise ImageSearchError(f"{path} is in use by another process: run the command again later.") from None
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise UsageError(
+                f"{path} is not an SQLite file, or is damaged ({error}): move it away or use another --db."
+            ) from None
+        except apsw.Error as error:
+            raise ImageSearchError(
+                f"{path} cannot be read or written: {error}. Fix this, then run the command again."
+            ) from None
