@@ -17,11 +17,11 @@ from imagesearch.index import Index, open_index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
 from imagesearch.parallel import batched
-from imagesearch.paths import path_from_text, path_to_text, quote_path
+from imagesearch.paths import BUCKET_URL, path_from_text, path_to_text, quote_path
 from imagesearch.progress import Progress
 from imagesearch.prune import check_prune, prune
 from imagesearch.retry import RetryPolicy
-from imagesearch.sources import BUCKET_URL, Source, open_source
+from imagesearch.sources import Source, open_source
 
 EXAMPLES = """\
   python3 create.py                            index ./images

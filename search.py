@@ -16,9 +16,9 @@ from imagesearch.errors import UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import load_index_model
 from imagesearch.parallel import available_cpus
-from imagesearch.paths import path_to_text, quote_path
+from imagesearch.paths import path_to_text, query_name, quote_path
 from imagesearch.results_page import Page, check_page_path
-from imagesearch.sources import open_query, query_name
+from imagesearch.sources import open_query
 
 EXAMPLES = """\
   python3 search.py myimage.jpg                    the nearest image

@@ -18,10 +18,9 @@ from obstore.store import from_url
 
 from imagesearch.documents import ImageFile
 from imagesearch.errors import UsageError
-from imagesearch.images import image_extensions
-from imagesearch.paths import quote_path
+from imagesearch.images import OnError, OnSkip, check_size, content_memory, image_extensions
+from imagesearch.paths import BUCKET_URL, quote_path
 from imagesearch.retry import RetryableError, RetryPolicy
-from imagesearch.sources import BUCKET_URL, OnError, OnSkip, check_size, content_memory
 
 Result = TypeVar("Result")
 

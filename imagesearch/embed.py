@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate
 from imagesearch.errors import ImageSearchError, describe_error
-from imagesearch.images import read_image
+from imagesearch.images import OnError, read_image
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered
-from imagesearch.sources import OnError, Source
+from imagesearch.sources import Source
 
 Embedding = NDArray[np.float32]
 

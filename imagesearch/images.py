@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -36,6 +37,12 @@ MAX_DECODING_BYTES = 720_000_000
 
 STRIP_PIXELS = 1 << 22
 
+MAX_CONTENT_BYTES = 200_000_000  # of an image that is not a local file
+MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together
+
+OnSkip = Callable[[str], None]  # is told the kind of each file that is not an image: ".txt", "hidden", …
+OnError = Callable[[str, str], None]  # is told the path of each image that cannot be read, and the reason
+
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +54,8 @@ _TRANSPOSE = {  # Exif 2.32, 4.6.4
     8: Image.Transpose.ROTATE_90,
 }
 
-_memory = MemoryLimit(MAX_DECODING_BYTES)
+content_memory = MemoryLimit(MAX_BUFFERED_BYTES)
+_decoding_memory = MemoryLimit(MAX_DECODING_BYTES)
 
 
 @functools.cache
@@ -55,6 +63,12 @@ def image_extensions() -> frozenset[str]:
     """Returns the file extensions of FORMATS, lowercase with their dot."""
     registered = Image.registered_extensions().items()
     return frozenset(extension for extension, name in registered if name in (*FORMATS, "MPO"))  # MPO is read as JPEG
+
+
+def check_size(size_bytes: int) -> None:
+    """Raises ValueError for content that is too large to be kept in memory."""
+    if size_bytes > MAX_CONTENT_BYTES:
+        raise ValueError(f"more than {MAX_CONTENT_BYTES // 1_000_000} MB")
 
 
 def read_image(stream: BinaryIO) -> Image.Image:
@@ -78,7 +92,7 @@ def read_image(stream: BinaryIO) -> Image.Image:
             f"{image.width}x{image.height} pixels of {image.format} need {needed / 1e6:.0f} MB to decode,"
             f" more than the {MAX_DECODING_BYTES / 1e6:.0f} MB allowed"
         )
-    with _memory.reserve(needed):
+    with _decoding_memory.reserve(needed):
         image.load()
         rgb = to_rgb(image)
         transpose = _TRANSPOSE.get(_exif_orientation(image))

@@ -1,8 +1,12 @@
-"""Paths as text and back, quoted for a shell, normalized."""
+"""Paths and URLs as text and back, quoted for a shell, normalized."""
 
 import os
 import re
 import shlex
+from urllib.parse import urlsplit
+
+BUCKET_URL = re.compile(r"(s3|gs|az)://")
+HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 def path_to_text(path: str) -> str:
@@ -44,3 +48,13 @@ def file_path_to_local(file_path: str, folder: str) -> str:
     `folder` is the folder, as text, that the index's relative paths belong to.
     """
     return path_from_text(os.path.normpath(os.path.join(folder, file_path)))
+
+
+def query_name(query: str) -> str:
+    """Returns an image to search for as messages name it: a URL without credentials, in its user or query part."""
+    if query == "-":
+        return "standard input"
+    if not HTTP_URL.match(query):
+        return query
+    url = urlsplit(query)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"

@@ -20,8 +20,8 @@ from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.images import image_extensions, read_image
 from imagesearch.index import Index
 from imagesearch.parallel import available_cpus
-from imagesearch.paths import file_path_to_local, path_to_text, quote_path
-from imagesearch.sources import BUCKET_URL, open_query, query_name
+from imagesearch.paths import BUCKET_URL, file_path_to_local, path_to_text, query_name, quote_path
+from imagesearch.sources import open_query
 
 THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
 THUMBNAIL_QUALITY = 75

@@ -4,33 +4,27 @@ import contextlib
 import errno
 import io
 import os
-import re
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
 
 from imagesearch.documents import ImageFile
 from imagesearch.errors import UsageError, describe_error
-from imagesearch.images import image_extensions
-from imagesearch.parallel import MemoryLimit
-from imagesearch.paths import file_path_to_local, normalize_folder, path_to_text, quote_path
+from imagesearch.images import MAX_CONTENT_BYTES, OnError, OnSkip, check_size, image_extensions
+from imagesearch.paths import (
+    BUCKET_URL,
+    HTTP_URL,
+    file_path_to_local,
+    normalize_folder,
+    path_to_text,
+    quote_path,
+)
 from imagesearch.retry import NO_RETRY, RetryPolicy
 
-OnSkip = Callable[[str], None]  # is told the kind of each file that is skipped: ".txt", "hidden", …
-OnError = Callable[[str, str], None]  # is told the path and the reason for each file that cannot be read
-
-BUCKET_URL = re.compile(r"(s3|gs|az)://")
-HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
-
-MAX_CONTENT_BYTES = 200_000_000  # of an image that is not a local file
-MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together
 MAX_MTIME = 2**63 - 1  # what an index can store, in nanoseconds
-
-content_memory = MemoryLimit(MAX_BUFFERED_BYTES)
 
 
 class Source(Protocol):
@@ -179,22 +173,6 @@ def open_query(query: str) -> AbstractContextManager[BinaryIO]:
 
         return open_object(query, NO_RETRY)
     return _open_file(query)
-
-
-def query_name(query: str) -> str:
-    """Returns the name of a query for people: a URL without credentials, which may be in its user or query part."""
-    if query == "-":
-        return "standard input"
-    if not HTTP_URL.match(query):
-        return query
-    url = urlsplit(query)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-
-
-def check_size(size: int) -> None:
-    """Raises ValueError for content that is too large to be kept in memory."""
-    if size > MAX_CONTENT_BYTES:
-        raise ValueError(f"more than {MAX_CONTENT_BYTES // 1_000_000} MB")
 
 
 @contextlib.contextmanager

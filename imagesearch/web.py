@@ -11,7 +11,8 @@ import requests
 import urllib3
 
 from imagesearch.errors import describe_error, root_cause
-from imagesearch.sources import MAX_CONTENT_BYTES, check_size, content_memory, query_name
+from imagesearch.images import MAX_CONTENT_BYTES, check_size, content_memory
+from imagesearch.paths import query_name
 
 DOWNLOAD_TIMEOUT_SECONDS = 30
 CONNECT_TIMEOUT_SECONDS = 10

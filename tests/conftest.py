@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-import requests
 from onnx import TensorProto, helper
 from PIL import Image
 
+from tests.certificates import trusting_session
 from tests.server import ROOT, S3, Cluster, UnavailableError
 
 
@@ -37,7 +37,8 @@ class Server:
             if not isinstance(body, bytes)
             else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
         )
-        answer = requests.request(method, f"{self.url.split(',')[0]}/{path}", verify=self.ca, timeout=60, **kind)
+        with trusting_session(Path(self.ca)) as session:
+            answer = session.request(method, f"{self.url.split(',')[0]}/{path}", timeout=60, **kind)
         assert answer.ok, answer.text
         return answer.json()
 

@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 import requests
 
-from tests.certificates import CA
+from tests.certificates import CA, trusting_session
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
@@ -240,13 +240,13 @@ class Cluster:
 
     def answers(self, node: Node, size: int) -> bool:
         try:
-            health = requests.get(
-                f"https://localhost:{node.http}/_cluster/health",
-                params={"wait_for_nodes": f">={size}", "timeout": "1s"},
-                auth=(USER, PASSWORD),
-                verify=str(self.ca),
-                timeout=5,
-            )
+            with trusting_session(self.ca) as session:
+                health = session.get(
+                    f"https://localhost:{node.http}/_cluster/health",
+                    params={"wait_for_nodes": f">={size}", "timeout": "1s"},
+                    auth=(USER, PASSWORD),
+                    timeout=5,
+                )
         except requests.RequestException:
             return False
         return health.status_code == 200 and not health.json()["timed_out"]

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from imagesearch.files import shown
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from imagesearch.errors import Misuse
+from imagesearch.errors import UsageError
+from imagesearch.paths import quote_path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write_digits() -> list[str]:
-    """Writes the digits to be indexed below images/, a folder for each class; returns the names of the others, `3-517.png`."""
+    """Writes the digits to be indexed below images/, and the others, whose names (`3-517.png`) it returns."""
     digits = load_digits()
     queries = []
     for number in range(INDEXED + HELD_OUT):
