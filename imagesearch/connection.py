@@ -39,6 +39,8 @@ class Connection:
         if not environ.get("ES_URL", "").strip():
             return None
         urls = [parse_url(text) for text in environ["ES_URL"].split(",")]
+        if len({url.scheme for url in urls}) > 1:
+            raise UsageError("ES_URL mixes http and https for the nodes of one cluster: use one for all.")
         credentials = {(url.username, url.password) for url in urls if url.username or url.password}
         if len(credentials) > 1:
             raise UsageError("ES_URL has different users or passwords for the nodes of one cluster: use one for all.")
@@ -70,7 +72,7 @@ class Connection:
         is missing). If the user names the CA, that adds nothing: only that check is turned off;
         the chain and the host name are verified as always.
         """
-        if self.ca_certs is None or not self.verify_certs:
+        if self.ca_certs is None or not (self.verify_certs and self.uses_tls):
             return None
         try:
             context = ssl.create_default_context(cafile=self.ca_certs)
@@ -85,6 +87,11 @@ class Connection:
             ) from None
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         return context
+
+    @property
+    def uses_tls(self) -> bool:
+        """True if the hosts are https URLs; they are all of one scheme."""
+        return self.hosts[0].startswith("https:")
 
     @property
     def headers(self) -> dict[str, str]:

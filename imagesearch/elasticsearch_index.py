@@ -106,7 +106,7 @@ class ElasticsearchIndex:
         options: dict[str, Any] = {}
         if context := self._connection.ssl_context():
             options = {"ssl_context": context}
-        elif not self._connection.verify_certs and self._connection.hosts[0].startswith("https"):
+        elif self._connection.uses_tls and not self._connection.verify_certs:
             options = {"verify_certs": False, "ssl_show_warn": False}
         return Elasticsearch(
             list(self._connection.hosts),

@@ -16,11 +16,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import requests
 from onnx import TensorProto, helper
 from PIL import Image
 
 from tests.certificates import trusting_session
 from tests.server import ROOT, S3, Cluster, UnavailableError
+
+# Privileges on the index: the smallest with which each script can do all it can, and too few.
+ROLES = {
+    "creator": ["create_index", "read", "write", "maintenance", "view_index_metadata"],
+    "searcher": ["read", "view_index_metadata"],
+    "reader": ["read"],
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Server:
 
     url: str
     ca: str
+    urls: dict[str, str] = field(default_factory=dict)
+    """`ES_URL` for users with fewer privileges, by role."""
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Sends a request as the administrator; its JSON."""
@@ -37,7 +47,7 @@ class Server:
             if not isinstance(body, bytes)
             else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
         )
-        with trusting_session(Path(self.ca)) as session:
+        with trusting_session(Path(self.ca)) if self.ca else requests.Session() as session:
             answer = session.request(method, f"{self.url.split(',')[0]}/{path}", timeout=60, **kind)
         assert answer.ok, answer.text
         return answer.json()
@@ -91,8 +101,8 @@ def server() -> Iterator[Server]:
     if url := os.environ.get("TEST_ES_URL"):
         yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    with cluster(1) as node:
-        yield Server(node.url, str(node.ca))
+    with cluster(1, roles=ROLES) as node:
+        yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES})
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +137,7 @@ class Scripts:
         assert "Traceback" not in stderr, stderr
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def create(self, *arguments: object, code: int = 0, **environment: str) -> str:
+    def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
         """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
         model = () if "--model" in arguments else ("--model", "thumbnail")
         done = self.run("create.py", *model, *arguments, **environment)

@@ -25,8 +25,8 @@ def test_user_and_password_are_percent_decoded_and_taken_out_of_the_address() ->
 
 
 def test_several_nodes_share_their_credentials() -> None:
-    ours = connect("https://u:p@one:9200, https://two:9201/es,http://[::1]")
-    assert ours.hosts == ("https://one:9200", "https://two:9201/es", "http://[::1]:80")
+    ours = connect("https://u:p@one:9200, https://two:9201/es,https://[::1]")
+    assert ours.hosts == ("https://one:9200", "https://two:9201/es", "https://[::1]:443")
     assert (ours.username, ours.password) == ("u", "p")
 
 
@@ -44,6 +44,7 @@ def test_several_nodes_share_their_credentials() -> None:
         "https://hunter2@host:9200",
         "https://u:hunter2@one:1,https://u:other@two:2",
         "https://u:hunter2@one:1,",
+        "https://u:hunter2@one:1,http://u:hunter2@two:2",
     ],
 )
 def test_what_cannot_be_an_address_is_said_in_one_line_without_the_password(url: str) -> None:

@@ -39,10 +39,10 @@ from imagesearch.embed import Document, Loaded, batched, cores, load
 from imagesearch.index import Index
 from imagesearch.int8 import exact_int8
 from imagesearch.models import DIMENSIONS, ModelRecord
+from tests.server import ROOT, Cluster
 from tools.benchmark.standin import build, build_processor
 from tools.benchmark.timing import can_drop, cold, timed
 from tools.benchmark.tutorial import load as load_as_tutorial
-from tests.server import ROOT, Cluster
 
 FOLDER = ROOT / "build" / "benchmark"
 MODEL, SHALLOW = FOLDER / "clip.onnx", FOLDER / "shallow.onnx"  # CLIP's twelve layers, and three of them

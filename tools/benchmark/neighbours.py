@@ -32,8 +32,8 @@ from imagesearch import elastic as module
 from imagesearch.connection import connection
 from imagesearch.embed import Document
 from imagesearch.models import DIMENSIONS, ModelRecord
-from tools.benchmark.timing import can_drop, drop, timed
 from tests.server import ROOT, Cluster
+from tools.benchmark.timing import can_drop, drop, timed
 
 INTRINSIC = 64
 QUERIES = 500

@@ -1,0 +1,88 @@
+"""--prune deletes what is gone, and nothing because of where it is run."""
+
+import os
+import shutil
+from pathlib import Path
+
+from tests.conftest import Picture, Scripts
+from tests.test_scripts import counts
+
+
+def images(picture: Picture, count: int = 6) -> list[Path]:
+    return [picture(f"images/{number % 2}/{number}.png", size=(8, 8), seed=number) for number in range(count)]
+
+
+def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, picture: Picture) -> None:
+    paths = images(picture)
+    scripts.create()
+    for path in paths:
+        path.unlink()
+    stderr = scripts.create("--prune", code=2)
+    assert "--prune would delete all 6 documents below ./images" in stderr
+    assert "If that is intended, use --prune-all." in stderr
+    assert "There are no images below ./images" in scripts.create(code=2)
+    assert counts(scripts.create("--prune-all")) == {"deleted": 6}
+    assert "There are no images" in scripts.create("--prune", code=2)
+    shutil.rmtree(scripts.folder / "images")
+    assert "No such file or directory" in scripts.create("--prune-all", code=2)  # an unmounted disk
+
+
+def test_another_folder_of_the_same_name_prunes_nothing(scripts: Scripts, picture: Picture) -> None:
+    """Two checkouts use one index; the second has images of its own."""
+    images(picture)
+    scripts.create("--db", scripts.folder / "shared.db")
+    home, other = scripts.folder, scripts.folder / "other"
+    picture("other/images/new.png")
+    scripts.folder = other
+    stderr = scripts.create("--prune", "--db", home / "shared.db", code=2)
+    assert f"The relative paths in the index {scripts.index} belong to {home}" in stderr
+    assert counts(scripts.create("--db", home / "shared.db")) == {"new": 1}  # under its own name
+    assert counts(scripts.create("--db", home / "shared.db", "--images", other / "images", "--prune")) == {
+        "unchanged": 1
+    }
+    scripts.folder = home
+    assert counts(scripts.create("--db", home / "shared.db", "--prune")) == {"unchanged": 6}
+
+
+def test_the_same_path_with_other_images_prunes_nothing(scripts: Scripts, picture: Picture) -> None:
+    """As on another machine, where the same folder has other images."""
+    images(picture)
+    scripts.create()
+    shutil.rmtree(scripts.folder / "images")
+    for number in range(3):
+        picture(f"images/{number}-new.png", seed=100 + number)
+    stderr = scripts.create("--prune", code=2)
+    assert "delete all 6 documents" in stderr and "its 3 images are all new" in stderr
+    assert counts(scripts.create("--prune-all")) == {"new": 3, "deleted": 6}
+
+
+def test_a_folder_has_one_name_from_everywhere(scripts: Scripts, picture: Picture) -> None:
+    images(picture)
+    database = scripts.folder / "index.db"
+    assert counts(scripts.create("--db", database)) == {"new": 6}
+    (scripts.folder / "link").symlink_to("images")
+    for given in (
+        scripts.folder / "images",
+        "./images/",
+        "images/../images",
+        "link",
+        f"../{scripts.folder.name}/images",
+    ):
+        assert counts(scripts.create("--db", database, "--images", given)) == {"unchanged": 6}, given
+    scripts.folder /= "images"
+    assert counts(scripts.create("--db", database, "--images", ".")) == {"unchanged": 6}
+    assert "belong to" in scripts.create("--db", database, "--images", ".", "--prune", code=2)
+    assert counts(scripts.create("--db", database, "--images", scripts.folder, "--prune")) == {"unchanged": 6}
+    scripts.folder = scripts.folder.parent
+    hits = scripts.search("images/0/0.png", "-k", 100, "--db", database)[0]["hits"]["hits"]
+    assert sorted(hit["fields"]["file_path"][0] for hit in hits) == [
+        f"./images/{n % 2}/{n}.png" for n in (0, 2, 4, 1, 3, 5)
+    ]
+
+
+def test_a_renamed_folder_is_copied_and_pruned(scripts: Scripts, picture: Picture) -> None:
+    images(picture)
+    scripts.create()
+    os.rename(scripts.folder / "images" / "1", scripts.folder / "images" / "one")
+    assert counts(scripts.create("--prune")) == {"new": 3, "copied": 3, "unchanged": 3, "deleted": 3}
+    assert len(scripts.paths()) == 6
