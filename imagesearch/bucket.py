@@ -46,7 +46,11 @@ class BucketSource:
         self._retry = retry
 
     def check(self) -> None:
-        _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
+        try:
+            _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
+        except RetryableError as error:
+            hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
+            raise UsageError(f"The bucket cannot be reached: {error}. Check {hint}.") from None
 
     def find_images(self, on_skip: OnSkip, on_error: OnError) -> Iterator[ImageFile]:
         for objects in self._list(None):

@@ -177,6 +177,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except ImageSearchError as error:
         say(f"{program}: {error}")
         code = error.exit_code
+    except OSError as error:  # of the system, where nothing more specific is known
+        place = f": {quote_path(str(error.filename))}" if error.filename else ""
+        say(f"{program}: {describe_error(error)}{place}.")
+        code = ImageSearchError.exit_code
     except OutputError as error:
         code = 141  # as for a program that SIGPIPE ends: the reader has gone, as `| head -1` does
         cause = error.__cause__

@@ -89,9 +89,7 @@ def embed_queries(
         try:
             with open_query(query) as stream:
                 return query, _embed(stream, model, slots)
-        except ImageSearchError:
-            raise
-        except Exception as error:
+        except Exception as error:  # Pillow raises nearly anything for a damaged file
             return query, describe_error(error)
 
     with ThreadPoolExecutor(min(len(queries), READERS_PER_CPU * cpus)) as readers:

@@ -120,13 +120,16 @@ class Scripts:
     environment: dict[str, str]
     index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
 
-    def start(self, script: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    def start(
+        self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
+    ) -> "subprocess.Popen[str]":
         """Starts a script; its output is text, on pipes."""
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *map(str, arguments), "--index", self.index],
             cwd=self.folder,
             env=self.environment | environment,
             text=True,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

@@ -4,6 +4,7 @@ The users are of Elasticsearch's file realm: the tests' distribution does not ke
 """
 
 import re
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.test_scripts import counts
 
 
 @pytest.fixture
-def as_role(server: Server) -> dict[str, dict[str, str]]:
+def as_role(server: Server) -> dict[str, Any]:
     """The environment of each role's user."""
     if not server.urls:
         pytest.skip("the server of TEST_ES_URL has no users of the tests' roles")
@@ -22,7 +23,7 @@ def as_role(server: Server) -> dict[str, dict[str, str]]:
 
 
 def test_a_creator_can_do_all_that_create_can(
-    as_role: dict[str, dict[str, str]], elastic: Scripts, server: Server, picture: Picture
+    as_role: dict[str, Any], elastic: Scripts, server: Server, picture: Picture
 ) -> None:
     creator, searcher = as_role["creator"], as_role["searcher"]
     first, second = picture("images/a.png"), picture("images/b.png")
@@ -43,7 +44,7 @@ def test_a_creator_can_do_all_that_create_can(
 
 
 def test_with_fewer_privileges_the_message_names_those_that_are_missing(
-    as_role: dict[str, dict[str, str]], elastic: Scripts, picture: Picture
+    as_role: dict[str, Any], elastic: Scripts, picture: Picture
 ) -> None:
     path = picture("images/a.png")
     elastic.create()

@@ -1,0 +1,486 @@
+"""Images in a bucket, on a real S3 server with signatures."""
+
+import hashlib
+import http.server
+import io
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import from_url
+
+from imagesearch.images import MAX_CONTENT_BYTES
+from tests.conftest import Scripts, image, s3_server
+from tests.server import S3
+from tests.test_faults import end, wait_until
+from tests.test_scripts import counts, summary
+
+
+def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    stream = io.BytesIO()
+    image(size, seed).save(stream, "PNG")
+    return stream.getvalue()
+
+
+class Bucket:
+    """A bucket of its own for each test."""
+
+    def __init__(self, server: S3, name: str) -> None:
+        self.server, self.name, self.url = server, name, f"s3://{name}"
+        server.put(name)
+        settings: Any = {name.lower(): value for name, value in server.environment.items() if name.startswith("AWS_")}
+        del settings["aws_allow_http"]
+        settings["aws_disable_bulk_delete"] = "true"  # which S3Proxy does not have
+        self.store = from_url(self.url, config=settings, client_options={"allow_http": True})
+
+    def put(self, key: str, content: bytes) -> None:
+        obstore.put(self.store, key, content)
+
+    def put_many(self, objects: dict[str, bytes]) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.put, objects, objects.values()))
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            obstore.delete(self.store, key)
+
+
+@pytest.fixture
+def bucket(s3: S3, request: pytest.FixtureRequest) -> Bucket:
+    return Bucket(s3, f"test-{hashlib.sha256(request.node.name.encode()).hexdigest()[:20]}-{time.time_ns()}")
+
+
+@pytest.fixture
+def on_s3(scripts: Scripts, s3: S3) -> Scripts:
+    """The scripts on each kind of index, with the S3 server's credentials."""
+    scripts.environment |= s3.environment
+    return scripts
+
+
+@pytest.fixture
+def local_s3(local: Scripts, s3: S3) -> Scripts:
+    local.environment |= s3.environment
+    return local
+
+
+def hits(scripts: Scripts, query: object, *arguments: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = scripts.search(query, *arguments)[0]["hits"]["hits"]
+    return found
+
+
+def test_a_bucket_is_indexed_as_a_folder_is(on_s3: Scripts, bucket: Bucket) -> None:
+    keys = ["photos/Bald_Eagle/1.png", "photos/Bald_Eagle/2.png", "photos/deep/down/Wren/3.png", "photos/4.png"]
+    for seed, key in enumerate(keys):
+        bucket.put(key, png(seed))
+    for key in ("photos/.hidden.png", "photos/.hidden/5.png", "photos/notes.txt", "photos/README", "other/6.png"):
+        bucket.put(key, b"x")
+    parts = summary(on_s3.create("--images", f"{bucket.url}/photos/"))
+    assert parts.pop("new") == "4"
+    assert sorted(parts["skipped"].split(", ")) == ["1 .txt", "1 without extension", "2 hidden"]
+
+    (on_s3.folder / "query.png").write_bytes(png(2))
+    (hit,) = hits(on_s3, "query.png")
+    path = f"{bucket.url}/photos/deep/down/Wren/3.png"
+    assert hit["_id"] == hashlib.sha256(path.encode()).hexdigest()
+    assert hit["fields"] == {"file_path": [path], "desc": ["Wren"]}
+    assert hit["_score"] == pytest.approx(1, abs=1e-6)
+    assert hits(on_s3, "query.png", "-k", 9, "--desc", "photos")[0]["fields"]["file_path"] == [
+        f"{bucket.url}/photos/4.png"
+    ]
+    assert hits(on_s3, path)[0]["fields"]["file_path"] == [path]  # a query from the bucket
+
+    assert counts(on_s3.create("--images", f"{bucket.url}/photos")) == {"unchanged": 4}
+    time.sleep(1)  # last_modified has seconds
+    bucket.put(keys[0], png(0))  # the same content
+    bucket.put(keys[1], png(77))
+    bucket.put("photos/new.png", png(78))
+    assert counts(on_s3.create("--images", f"{bucket.url}/photos")) == {"new": 1, "updated": 1, "unchanged": 3}
+    assert counts(on_s3.create("--images", f"{bucket.url}/other", code=1)) == {"unreadable": 1}
+
+
+def test_pruning_a_bucket_deletes_only_what_is_gone_below_the_url(on_s3: Scripts, bucket: Bucket) -> None:
+    keys = [f"photos/{number % 3}/{number}.png" for number in range(9)]
+    for seed, key in enumerate([*keys, "photos-too/a.png"]):
+        bucket.put(key, png(seed))
+    for prefix in ("photos", "photos-too"):
+        on_s3.create("--images", f"{bucket.url}/{prefix}")
+    bucket.delete(*keys[:4], "photos-too/a.png")
+    assert counts(on_s3.create("--images", f"{bucket.url}/photos", "--prune")) == {"unchanged": 5, "deleted": 4}
+    (on_s3.folder / "query.png").write_bytes(png(5))
+    rest = {hit["fields"]["file_path"][0] for hit in hits(on_s3, "query.png", "-k", 99)}
+    assert rest == {f"{bucket.url}/{key}" for key in [*keys[4:], "photos-too/a.png"]}
+    bucket.delete(*keys[4:])
+    assert "would delete all 5 documents" in on_s3.create("--images", f"{bucket.url}/photos", "--prune", code=2)
+    assert counts(on_s3.create("--images", f"{bucket.url}/photos", "--prune-all")) == {"deleted": 5}
+
+
+def test_content_is_copied_between_a_folder_and_a_bucket(on_s3: Scripts, bucket: Bucket) -> None:
+    for seed in range(4):
+        path = on_s3.folder / "images" / f"{seed}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(seed))
+        bucket.put(f"moved/{seed}.png", png(seed))
+    on_s3.create()
+    assert counts(on_s3.create("--images", f"{bucket.url}/moved")) == {"new": 4, "copied": 4}
+
+
+def test_2500_objects_in_parts(local_s3: Scripts, bucket: Bucket) -> None:
+    contents = [png(seed) for seed in range(50)]
+    bucket.put_many({f"many/{number}.png": contents[number % 50] for number in range(2500)})
+    new = [counts(local_s3.create("--images", bucket.url, "--part", f"{part}/2"))["new"] for part in (1, 2)]
+    assert sum(new) == 2500 and min(new) > 1000
+    bucket.delete(*(f"many/{number}.png" for number in range(0, 2500, 100)))
+    assert counts(local_s3.create("--images", bucket.url, "--prune")) == {"unchanged": 2475, "deleted": 25}
+
+
+ODD_KEYS = [
+    "odd/Bald Eagle/ä 1.png",
+    "odd/100%/%2F.png",
+    "odd/a%2Fb.png",
+    "odd/ü🦅.png",
+    "odd/plus+and&more?.png",
+    "odd/it's #1.png",
+    "odd/back\\slash.png",
+]
+
+
+def test_odd_keys_have_whole_names(local: Scripts) -> None:
+    with s3_server(in_memory=True) as server:
+        local.environment |= server.environment
+        server.put("birds")
+        for seed, key in enumerate(ODD_KEYS):
+            server.put("birds", key, png(seed))
+        server.put("birds", "odd", b"an object named like the prefix")
+        server.put("birds", "odd/folder/", b"")
+        server.put("birds", "odd/folder.png/", b"")
+        stderr = local.create("--images", "s3://birds/odd", code=1)
+        assert counts(stderr) == {"new": len(ODD_KEYS), "unreadable": 1}
+        assert "Cannot read s3://birds/odd/folder.png: No such file or directory" in stderr
+        for seed, key in enumerate(ODD_KEYS):
+            (local.folder / "query.png").write_bytes(png(seed))
+            assert hits(local, "query.png")[0]["fields"]["file_path"] == [f"s3://birds/{key}"]
+            assert hits(local, f"s3://birds/{key}")[0]["_score"] == pytest.approx(1, abs=1e-6)
+        assert counts(local.create("--images", "s3://birds/odd", "--prune", code=1))["unchanged"] == len(ODD_KEYS)
+        server.put("birds", "odd//double.png", png(1))
+        stderr = local.create("--images", "s3://birds/odd", code=2)
+        assert "s3://birds: the key odd//double.png has a part that is empty" in stderr
+        assert stderr.splitlines()[-1].startswith("create.py: ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "message"),
+    [
+        (
+            {"AWS_SECRET_ACCESS_KEY": "wrong-SECRET"},
+            "{}",
+            r"denied access \(HTTP 403 SignatureDoesNotMatch\): check",
+        ),
+        ({"AWS_ACCESS_KEY_ID": "SECRET-id"}, "{}", r"denied access \(HTTP 403 InvalidAccessKeyId\): check AWS_ACCESS"),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            "{}",
+            r"no answer from s3://\S+ \(error sending request\)\. Check AWS",
+        ),
+        (
+            {"AWS_ALLOW_HTTP": "false"},
+            "{}",
+            r"AWS_ENDPOINT_URL must begin with https://, or with http:// and AWS_ALLOW",
+        ),
+        ({}, "s3://no-such-bucket-here", r"There is no bucket s3://no-such-bucket-here \(HTTP 404 NoSuchBucket\)"),
+        ({}, "{}/no/such/prefix", r"There are no images below s3://\S+/no/such/prefix"),
+        ({}, "s3://", r"s3:// names no bucket"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    environment: dict[str, str], url: str, message: str, local_s3: Scripts, bucket: Bucket
+) -> None:
+    bucket.put("a.png", png(1))
+    started = time.monotonic()
+    stderr = local_s3.create("--images", url.format(bucket.url), code=2, **environment)
+    assert time.monotonic() - started < 20
+    (line,) = [line for line in stderr.splitlines() if not line.startswith("Using")]
+    assert re.search(message, line), line
+    assert "<" not in line and "Debug" not in line
+    assert not re.search("wrong-SECRET|local-SECRET|SECRET-id", line)
+    assert not (local_s3.folder / "imagesearch.db").exists()
+
+
+def test_no_credentials_are_said_in_one_line(local: Scripts, s3: S3, bucket: Bucket) -> None:
+    """Without a key, the cloud's metadata server is asked, which is not there."""
+    local.environment |= {name: value for name, value in s3.environment.items() if "KEY" not in name}
+    stderr = local.create("--images", bucket.url, code=2)
+    assert re.search(r"create.py: (No credentials for|s3://\S+ denied|.*no answer).*AWS_ACCESS_KEY_ID", stderr), stderr
+
+
+def test_one_bad_object_is_one_line(local_s3: Scripts, bucket: Bucket) -> None:
+    bucket.put("a.png", png(1))
+    bucket.put("bad.png", b"no image")
+    stderr = local_s3.create("--images", bucket.url, code=1)
+    assert counts(stderr) == {"new": 1, "unreadable": 1}
+    assert f"Cannot read {bucket.url}/bad.png: not an image that Pillow can read" in stderr
+    done = local_s3.run("search.py", f"{bucket.url}/gone.png", f"{bucket.url}/a.png")
+    assert done.returncode == 1
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first["error"]["reason"] == f"Cannot read {bucket.url}/gone.png: No such file or directory"
+    assert second["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_object_over_200_mb_is_reported_and_not_read(local_s3: Scripts, bucket: Bucket) -> None:
+    bucket.put("a.png", png(1))
+    bucket.put("huge.png", bytes(MAX_CONTENT_BYTES + 1))
+    assert f"Cannot read {bucket.url}/huge.png: more than 200 MB" in local_s3.create("--images", bucket.url, code=1)
+    done = local_s3.run("search.py", f"{bucket.url}/huge.png")
+    assert done.returncode == 1 and "more than 200 MB" in done.stdout
+
+
+def test_a_folder_named_like_a_url_stays_a_folder(local: Scripts) -> None:
+    folder = local.folder / "s3:" / "birds"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(png(1))
+    assert counts(local.create("--images", "./s3://birds")) == {"new": 1}
+    assert local.paths() == ["./s3:/birds/a.png"]
+
+
+@pytest.fixture
+def fragile() -> Iterator[S3]:
+    """A server to kill."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_store_that_goes_away_is_retried(comes_back: bool, local: Scripts, fragile: S3) -> None:
+    bucket = Bucket(fragile, "birds")
+    bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1500)})
+    local.environment |= fragile.environment
+    retry = ("--retry-timeout", "60" if comes_back else "3")
+    process = local.start("create.py", "--model", "thumbnail", "--images", bucket.url, *retry)
+    wait_until(lambda: process.poll() is not None or (local.folder / "imagesearch.db").exists())
+    time.sleep(0.7)
+    fragile.kill()
+    if comes_back:
+        time.sleep(3)
+        fragile.start()
+    code, stderr = end(process)
+    if "Retrying" not in stderr and code == 0:
+        pytest.skip("this machine was done before the server could be killed")
+    found = counts(stderr)
+    if comes_back:
+        assert code == 0, stderr
+        assert found["new"] == 1500
+    else:
+        assert code == 1, stderr
+        assert re.search(r"create.py: The bucket s3://birds could not be reached for \d+ s: no answer", stderr)
+        assert stderr.count("Retrying") < 10  # not once for each thread
+        fragile.start()
+        assert counts(local.create("--images", bucket.url))["unchanged"] == found["new"]
+
+
+def test_an_interrupted_run_goes_on(local_s3: Scripts, bucket: Bucket) -> None:
+    bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1500)})
+    process = local_s3.start("create.py", "--model", "thumbnail", "--images", bucket.url)
+    wait_until(lambda: process.poll() is not None or (local_s3.folder / "imagesearch.db").exists())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, stderr = end(process)
+    if code == 0:
+        pytest.skip("this machine was done before it could be interrupted")
+    assert code == 130
+    written = counts(stderr).get("new", 0)
+    assert counts(local_s3.create("--images", bucket.url)).get("unchanged", 0) == written
+
+
+def test_the_page_shows_hits_in_a_bucket_without_linking_them(local_s3: Scripts, bucket: Bucket) -> None:
+    for seed in range(5):
+        bucket.put(f"photos/{seed}.png", png(seed, (60, 40)))
+    local_s3.create("--images", bucket.url)
+    bucket.delete("photos/4.png")
+    local_s3.search(f"{bucket.url}/photos/3.png", "-k", 5, "--html", "page.html")
+    html = (local_s3.folder / "page.html").read_text()
+    assert html.count("<img") == 1 + 4 and html.count("4.png is gone") == 1
+    assert "<a " not in html
+    assert f"{bucket.url}/photos/2.png" in html
+    assert "SECRET" not in html and "Signature" not in html
+
+
+# Queries from the web and standard input
+
+
+Reply = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+def send(
+    handler: http.server.BaseHTTPRequestHandler, content: bytes, kind: str = "image/png", length: str = ""
+) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", kind)
+    handler.send_header("Content-Length", length or str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def redirect(handler: http.server.BaseHTTPRequestHandler, target: str) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", target)
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def send_without_end(handler: http.server.BaseHTTPRequestHandler, total: int, pause: float) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(total // 65536):
+        handler.wfile.write(bytes(65536))
+        time.sleep(pause)
+
+
+REPLIES: dict[str, Reply] = {
+    "/a.png": lambda handler: send(handler, png(1)),
+    "/moved": lambda handler: redirect(handler, "/a.png"),
+    "/loop": lambda handler: redirect(handler, "/loop"),
+    "/elsewhere": lambda handler: redirect(handler, "https://user:hunter2@example.com/a.png?key=hunter2"),
+    "/file": lambda handler: redirect(handler, "file:///etc/passwd"),
+    "/short": lambda handler: send(handler, png(1)[:50], length="5000"),
+    "/large": lambda handler: send(handler, b"x", length=str(10**9)),
+    "/page": lambda handler: send(handler, b"<html>Not found</html>", "text/html"),
+    "/gigabyte": lambda handler: send_without_end(handler, 10**9, 0),
+    "/stalls": lambda handler: time.sleep(60),
+    "/drips": lambda handler: send_without_end(handler, 10**8, 1),
+}
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """Serves an image, and misbehaves."""
+
+    def do_GET(self) -> None:
+        reply = REPLIES.get(self.path.partition("?")[0])
+        if reply:
+            reply(self)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that give up
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://user:hunter2@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def indexed(local: Scripts) -> Scripts:
+    """An index with one image, which every query that can be read finds."""
+    (local.folder / "images").mkdir()
+    (local.folder / "images" / "a.png").write_bytes(png(1))
+    local.create()
+    return local
+
+
+def test_queries_from_everywhere_are_answered_in_order(scripts: Scripts, s3: S3, bucket: Bucket, web: str) -> None:
+    scripts.environment |= s3.environment
+    (scripts.folder / "images").mkdir()
+    for seed in range(4):
+        (scripts.folder / "images" / f"{seed}.png").write_bytes(png(seed))
+    scripts.create()
+    bucket.put("b.png", png(2))
+    with (scripts.folder / "images" / "3.png").open("rb") as stdin:
+        process = scripts.start("search.py", f"{web}/a.png", f"{bucket.url}/b.png", "-", "images/0.png", stdin=stdin)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    found = [json.loads(line)["hits"]["hits"][0]["fields"]["file_path"][0] for line in stdout.splitlines()]
+    assert found == [f"./images/{number}.png" for number in (1, 2, 3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/none.png", "the server answered HTTP 404"),
+        ("/loop", "more than 5 redirects"),
+        ("/elsewhere", "it redirects to another scheme, https://example.com/a.png"),
+        ("/file", "it redirects to another scheme"),
+        ("/short", "IncompleteRead|before the image was complete"),
+        ("/large", "more than 200 MB"),
+        ("/page", "not an image that Pillow can read"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_one_line(path: str, reason: str, indexed: Scripts, web: str) -> None:
+    done = indexed.run("search.py", f"{web}{path}?token=hunter2", f"{web}/moved")
+    assert done.returncode == 1
+    first, second = map(json.loads, done.stdout.splitlines())
+    shown = f"http://127.0.0.1:{web.rpartition(':')[2]}{path}"
+    assert re.search(f"Cannot read {re.escape(shown)}: .*({reason})", first["error"]["reason"]), first
+    assert "hunter2" not in done.stdout + done.stderr
+    assert second["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/gigabyte", "200 MB|30 seconds"), ("/stalls", "timed out"), ("/drips", "30 seconds")]
+)
+def test_time_and_size_are_limited(path: str, reason: str, indexed: Scripts, web: str) -> None:
+    started = time.monotonic()
+    done = indexed.run("search.py", f"{web}{path}")
+    assert time.monotonic() - started < 45
+    assert done.returncode == 1
+    assert re.search(reason, json.loads(done.stdout)["error"]["reason"])
+
+
+def test_a_host_that_does_not_answer_is_one_line(indexed: Scripts) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = indexed.run("search.py", f"http://user:hunter2@127.0.0.1:{port}/a.png")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["reason"].endswith("/a.png: Connection refused")
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_the_page_shows_a_query_from_the_web(indexed: Scripts, web: str) -> None:
+    indexed.search(f"{web}/a.png?token=hunter2", "--html", "page.html")
+    html = (indexed.folder / "page.html").read_text()
+    assert html.count("<img") == 2 and "Nearest to a.png" in html
+    assert "hunter2" not in html
+
+
+def test_an_empty_standard_input_is_reported(indexed: Scripts) -> None:
+    process = indexed.start("search.py", "-", "-")  # /dev/null
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    reasons = [json.loads(line)["error"]["reason"] for line in stdout.splitlines()]
+    assert reasons == ["Cannot read 'standard input': it is empty"] * 2
+
+
+# A cutoff
+
+
+def test_min_score_is_a_cutoff(scripts: Scripts) -> None:
+    for seed in range(40):
+        path = scripts.folder / "images" / str(seed % 2) / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(seed, (40, 30)))
+    scripts.create()
+    Path(scripts.folder / "query.png").write_bytes(png(1000, (40, 30)))
+    scores = [hit["_score"] for hit in hits(scripts, "query.png", "-k", 40)]
+    middle = scores[10]
+    for options in ((), ("--desc", "1")):
+        everything = hits(scripts, "query.png", "-k", 40, *options)
+        limited = hits(scripts, "query.png", "-k", 40, "--min-score", middle, *options)
+        assert limited == [hit for hit in everything if hit["_score"] >= middle]
+        assert hits(scripts, "query.png", "-k", 3, "--min-score", middle, *options) == limited[:3]
+    done = scripts.run("search.py", "query.png", "-k", 5, "--min-score", 0.9999999)
+    assert done.returncode == 0 and json.loads(done.stdout)["hits"]["hits"] == []
+    assert hits(scripts, "images/1/1.png", "--min-score", 1 - 1e-6)[0]["fields"]["file_path"] == ["./images/1/1.png"]
