@@ -59,6 +59,9 @@ PROPERTIES = {
     "sha256": {"type": "keyword"},
 }
 
+# From 9.2 on, vectors are left out of _source, and read back from their normalized form, which loses the last bit.
+KEEP_VECTORS = {"index.mapping.exclude_source_vectors": False}
+
 
 class _SSLContextAdapter(HTTPAdapter):
     """Sends requests with an SSLContext of our own, which requests has no option for."""
@@ -149,16 +152,18 @@ class ElasticsearchIndex:
         meta = {META_KEY: vars(metadata.model) | {"folder": metadata.folder}}
         mappings = {"dynamic": "strict", "_meta": meta, "properties": PROPERTIES}
 
-        def create_index() -> None:
+        def create_index(settings: Body) -> None:
             from elasticsearch import BadRequestError
 
             try:
-                self._client.indices.create(index=self._index, mappings=mappings)
+                self._client.indices.create(index=self._index, mappings=mappings, settings=settings)
             except BadRequestError as error:
-                if error.error != "resource_already_exists_exception":
+                if settings and "unknown setting" in str(error):  # 8.x and 9.0 know none of this
+                    create_index({})
+                elif error.error != "resource_already_exists_exception":
                     raise
 
-        self._with_retries(create_index)
+        self._with_retries(lambda: create_index(KEEP_VECTORS))
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
         fields = ["size", "mtime", "sha256"]

@@ -1,5 +1,8 @@
 """Deleting the documents whose files are gone."""
 
+import contextlib
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 
 from imagesearch.errors import UsageError
@@ -9,6 +12,7 @@ from imagesearch.paths import quote_path
 from imagesearch.sources import Source
 
 PAGE_SIZE = 1000  # documents that are looked at together
+SAMPLE_SIZE = 20  # images whose content tells whether the source is the one that was indexed
 
 IsSelected = Callable[[str], bool]  # True for the ids that this run is responsible for
 
@@ -19,21 +23,32 @@ def prune(index: Index, source: Source, is_selected: IsSelected) -> int:
 
 
 def check_prune(index: Index, source: Source) -> None:
-    """Raises UsageError if `prune` would delete every document below the source.
+    """Raises UsageError if `prune` would delete every document below the source, and its images are all new.
 
-    That may be intended; but an unmounted disk, or another folder of the same name, looks the same.
+    That may be intended; but an unmounted disk, or another folder of the same name, looks the same. If
+    the images' contents are in the index, the files were only renamed.
     """
     total = 0
     for page_size, ids in _find_gone(index, source, lambda id_: True):
         if len(ids) < page_size:
             return
         total += page_size
-    if total:
+    if total and not _has_known_content(index, source):
         images = sum(1 for _ in source.find_images(lambda kind: None, lambda path, reason: None))
         raise UsageError(
             f"--prune would delete all {total:,} documents below {quote_path(source.name)}: none of their files is"
             f" there, and its {images:,} images are all new. If that is intended, use --prune-all."
         )
+
+
+def _has_known_content(index: Index, source: Source) -> bool:
+    """Returns True if the content of one of the first images below the source is in the index."""
+    sha256s = []
+    images = source.find_images(lambda kind: None, lambda path, reason: None)
+    for image in itertools.islice(images, SAMPLE_SIZE):
+        with contextlib.suppress(OSError, ValueError), source.open_image(image) as (_, stream):
+            sha256s.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]
+    return bool(sha256s) and bool(index.find_embeddings(sha256s))
 
 
 def _find_gone(index: Index, source: Source, is_selected: IsSelected) -> Iterator[tuple[int, list[str]]]:

@@ -182,8 +182,10 @@ def local(tmp_path: Path) -> Scripts:
 def elastic(tmp_path: Path, server: Server) -> Iterator[Scripts]:
     """The scripts on the real Elasticsearch."""
     scripts = Scripts(tmp_path, environment(tmp_path) | {"ES_URL": server.url, "ES_CA_CERT": server.ca})
+    index = scripts.index
     yield scripts
-    server.request("DELETE", f"{scripts.index}?ignore_unavailable=true")
+    for name in {index, scripts.index}:
+        server.request("DELETE", f"{name}?ignore_unavailable=true")
 
 
 @pytest.fixture(params=["local", "elastic"])
