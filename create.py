@@ -9,6 +9,7 @@ cli.start()  # before the imports that take long
 import argparse
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 from imagesearch.documents import FileMetadata, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
@@ -50,9 +51,11 @@ def main() -> int:
             images = find_images(source, arguments.part, progress)
             changed = find_changed(interrupt.until_interrupted(images), index, progress)
             candidates = interrupt.until_interrupted(changed)
-            documents = embed_images(candidates, source, model, index.find_embeddings, progress.count_unreadable)
-            for document in index.write(documents):
-                progress.count_written(document)
+            with closing(
+                embed_images(candidates, source, model, index.find_embeddings, progress.count_unreadable)
+            ) as documents:  # its threads end before the index is closed
+                for document in index.write(documents):
+                    progress.count_written(document)
             if arguments.prune and not interrupt.signal:
                 progress.deleted = prune(index, source, arguments.part.contains)
             index.refresh()

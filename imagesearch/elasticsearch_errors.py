@@ -32,6 +32,19 @@ def is_retryable(status: int, error: object) -> bool:
     return status in (502, 503, 504) or (status == 429 and error_type != "cluster_block_exception")
 
 
+def is_missing_index(body: dict[str, Any]) -> bool:
+    """Returns True if an error response says that there is no such index."""
+    error = body.get("error")
+    return isinstance(error, dict) and error.get("type") == "index_not_found_exception"
+
+
+def deleted_index_error(connection: Connection) -> ImageSearchError:
+    """Returns the error for an index that was there when the run began."""
+    return ImageSearchError(
+        f"The index on {connection} was deleted during the run. Run the command again to build a new one."
+    )
+
+
 def error_reason(body: dict[str, Any]) -> str:
     """Returns Elasticsearch's own reason in an error response, on one line."""
     error = body.get("error")
@@ -62,6 +75,8 @@ def translate_error(error: Exception, connection: Connection) -> Exception:
         reason = error_reason(body) if body else f"HTTP {error.status_code}"
         if error.status_code == 401:
             return authentication_error(connection)
+        if is_missing_index(body):
+            return deleted_index_error(connection)
         if is_retryable(error.status_code, body.get("error")):
             return RetryableError(reason)
         return ImageSearchError(f"Elasticsearch refused a request: {reason}. {hint(body)}")

@@ -16,16 +16,18 @@ from imagesearch.connection import Connection
 from imagesearch.documents import DIMENSIONS, Document, FileMetadata, IndexMetadata, MetadataUpdate, ModelInfo
 from imagesearch.elasticsearch_errors import (
     connection_error,
+    deleted_index_error,
     error_reason,
     hint,
     is_certificate_error,
+    is_missing_index,
     is_retryable,
     response_error,
     translate_error,
 )
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.parallel import batched
-from imagesearch.retry import RetryableError, RetryPolicy
+from imagesearch.retry import NO_RETRY, RetryableError, RetryPolicy
 
 if TYPE_CHECKING:
     from elasticsearch import Elasticsearch
@@ -172,8 +174,14 @@ class ElasticsearchIndex:
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         query = {"terms": {"sha256": list(sha256s)}}
+        # Not retried: an index that is away has no copies to offer, and the run has to go on.
         hits = self._search_all(
-            query, size=len(sha256s), collapse={"field": "sha256"}, fields=["embeddings"], docvalue_fields=["sha256"]
+            query,
+            retry=NO_RETRY,
+            size=len(sha256s),
+            collapse={"field": "sha256"},
+            fields=["embeddings"],
+            docvalue_fields=["sha256"],
         )
         return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
 
@@ -287,7 +295,7 @@ class ElasticsearchIndex:
             return response.status_code, response.json()
         raise error or UsageError("ES_URL names no host.")
 
-    def _search_all(self, query: Body, **options: Any) -> list[dict[str, Any]]:
+    def _search_all(self, query: Body, retry: RetryPolicy | None = None, **options: Any) -> list[dict[str, Any]]:
         """Returns all hits of a search on all shards; retried while a shard is missing."""
 
         def search() -> list[dict[str, Any]]:
@@ -299,7 +307,7 @@ class ElasticsearchIndex:
             hits: list[dict[str, Any]] = response["hits"]["hits"]
             return hits
 
-        return self._with_retries(search)
+        return self._with_retries(search, retry)
 
     def _write_pending(self, pending: Pending, missing: set[str]) -> None:
         """Sends bulk actions, by ``_id``, and removes from `pending` what Elasticsearch has done.
@@ -339,6 +347,8 @@ class ElasticsearchIndex:
                 continue
             del pending[result["_id"]]
         for result in rejected:
+            if is_missing_index(result):
+                raise deleted_index_error(self._connection)
             if not is_retryable(result["status"], result["error"]):
                 raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}. {hint(result)}")
         if rejected:
@@ -370,12 +380,13 @@ class ElasticsearchIndex:
                     f"The index {self._index} was deleted during the run, and Elasticsearch made a new one from"
                     " what this run wrote, with a mapping of its own. Delete it, then run the command again."
                 ) from None
-        raise ImageSearchError(
-            f"The index {self._index} was deleted during the run. Run the command again to build a new one."
-        )
+        raise deleted_index_error(self._connection)
 
-    def _with_retries(self, function: Callable[[], Result]) -> Result:
-        """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded."""
+    def _with_retries(self, function: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
+        """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded.
+
+        By the index's own policy, unless another one is given.
+        """
         from elasticsearch import ApiError, TransportError
 
         def attempt() -> Result:
@@ -384,7 +395,7 @@ class ElasticsearchIndex:
             except (ApiError, TransportError) as error:
                 raise translate_error(error, self._connection) from None
 
-        return self._retry.call("Elasticsearch", attempt)
+        return (retry or self._retry).call("Elasticsearch", attempt)
 
 
 def _read_metadata(index: str, mappings: dict[str, Any]) -> IndexMetadata:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def embed_images(
     model: Model,
     find_embeddings: Callable[[Sequence[str]], dict[str, Embedding]],
     on_error: OnError,
-) -> Iterator[Document | MetadataUpdate]:
+) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order.
 
     A candidate is an image and what the index holds of it. The embedding of content that is in the

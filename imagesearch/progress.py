@@ -1,7 +1,7 @@
 """What a run of create.py shows on stderr: the progress, a line for each unreadable file, the summary."""
 
 import collections
-import shutil
+import os
 import sys
 import threading
 import time
@@ -47,10 +47,9 @@ class Progress:
     def start_bar(self, total: int) -> None:
         """Shows a bar for `total` images; only a count on a narrow terminal, where a bar would be cut."""
         self._total = total
-        columns = shutil.get_terminal_size().columns
-        bar = "{percentage:3.0f}%|{bar}| " if columns >= WIDE_COLUMNS else ""
-        self._bar = tqdm(total=total, bar_format=bar + "{desc}", ncols=columns - 1, mininterval=0.2)
-        self._update()
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or WIDE_COLUMNS
+        layout = "{percentage:3.0f}%|{bar}| {desc}" if columns >= WIDE_COLUMNS else "{desc}"
+        self._bar = tqdm(total=total, desc=self._status(), bar_format=layout, ncols=columns - 1, mininterval=0.2)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -90,4 +90,5 @@ def trusting_session(ca: Path) -> requests.Session:
     session = requests.Session()
     session.mount("https://", _TrustingAdapter(ca))
     session.verify = str(ca)
+    session.trust_env = False
     return session

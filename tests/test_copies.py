@@ -86,7 +86,7 @@ def test_the_index_is_the_same_as_if_all_had_been_embedded(scripts: Scripts, pic
     model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
     scripts.create("--model", model)
     shutil.move(scripts.folder / "images" / "a", scripts.folder / "images" / "b")
-    scripts.create("--prune")
+    assert counts(scripts.create("--model", model, "--prune")) == {"new": 20, "copied": 20, "deleted": 20}
     copied = embeddings(scripts, scripts.folder)
     scripts.index = "fresh-" + scripts.index
     assert counts(scripts.create("--model", model)) == {"new": 20}

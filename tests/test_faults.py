@@ -116,7 +116,9 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     process = scripts.start("create.py", "--model", "thumbnail", "--retry-timeout", "2")
     wait_until(lambda: count(scripts) > 200)
     fragile.kill(fragile.nodes[0])
+    killed = time.monotonic()
     code, stderr = end(process)
+    assert 1.9 < time.monotonic() - killed < 6  # the last pause is cut to fit
     assert code == 1
     assert re.search(r"Elasticsearch could not be reached for [23] s: .*Run the command again", stderr)
     written = counts(stderr)["new"]
@@ -312,7 +314,75 @@ def test_deletions_that_are_refused_are_not_counted(elastic: Scripts, server: Se
     assert "cluster_block_exception" in stderr
 
 
+def test_an_index_that_is_deleted_during_a_run_does_not_come_back_with_a_guessed_mapping(
+    fragile: Cluster, many: Path, tmp_path: Path
+) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    server = Server(fragile.url, str(fragile.ca))
+    process = scripts.start("create.py", "--model", "thumbnail")
+    wait_until(lambda: count(scripts) > 200)
+    server.request("DELETE", scripts.index)
+    code, stderr = end(process)
+    assert code == 1, stderr
+    assert re.search(r"create.py: The index on https://\S+ was deleted during the run. Run the command again", stderr)
+    assert server.request("GET", f"{scripts.index}?ignore_unavailable=true") == {}
+    assert counts(scripts.create())["new"] == MANY
+
+
+def test_an_index_that_is_replaced_during_a_run_ends_it(fragile: Cluster, many: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile, many, tmp_path)
+    server = Server(fragile.url, str(fragile.ca))
+    process = scripts.start("create.py", "--model", "thumbnail")
+    wait_until(lambda: count(scripts) > 200)
+    (mappings,) = (index["mappings"] for index in server.request("GET", f"{scripts.index}/_mapping").values())
+    server.request("DELETE", scripts.index)
+    with contextlib.suppress(AssertionError):  # the run may have been faster: then it deletes what it made
+        server.request("PUT", scripts.index, {"mappings": mappings})
+    code, stderr = end(process)
+    assert code == 1, stderr
+    assert "was deleted during the run" in stderr or "now points to another index" in stderr
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.6])
+def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts: Scripts, picture: Picture) -> None:
+    for number in range(20):
+        picture(f"images/{number}.png", seed=number)
+    model = averaging_model(scripts.folder / "model.onnx")
+    first = scripts.start("create.py", "--model", "thumbnail")
+    time.sleep(delay)
+    second = scripts.start("create.py", "--model", str(model))
+    ends = [end(process) for process in (first, second)]
+    assert sorted(code for code, _ in ends) == [0, 2], ends
+    (refused,) = [stderr for code, stderr in ends if code == 2]
+    assert "is another model: use the same model, or another index with --index" in refused
+    winner = "thumbnail" if ends[0][0] == 0 else str(model)
+    assert counts(scripts.create("--model", winner)) == {"unchanged": 20}
+
+
 # The process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["create.py", "search.py"])
+def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scripts, picture: Picture) -> None:
+    for number in range(300):
+        picture(f"images/{number}.png", size=(8, 8), seed=number)
+    path = local.folder / "images" / "1.png"
+    local.create()
+    chance = random.Random(7)
+    arguments = ["--model", "thumbnail", "--db", "new.db"] if script == "create.py" else [str(path)]
+    codes = []
+    for _ in range(25):
+        for stale in local.folder.glob("new.db*"):
+            stale.unlink()
+        process = local.start(script, *arguments)
+        time.sleep(0.03 + 0.6 * chance.random())  # Python's own start, before the script's first line, is not ours
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert "Traceback" not in stderr and "KeyboardInterrupt" not in stderr, stderr
+        codes.append(process.returncode)
+    assert set(codes) <= {0, 130, -signal.SIGINT}, codes  # the last one, in Python's own start, is 130 in a shell too
+    assert 130 in codes
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
