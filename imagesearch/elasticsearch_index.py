@@ -173,16 +173,12 @@ class ElasticsearchIndex:
         return {hit["_id"]: FileMetadata(*(hit["fields"][name][0] for name in fields)) for hit in hits}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        options = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
         query = {"terms": {"sha256": list(sha256s)}}
         # Not retried: an index that is away has no copies to offer, and the run has to go on.
-        hits = self._search_all(
-            query,
-            retry=NO_RETRY,
-            size=len(sha256s),
-            collapse={"field": "sha256"},
-            fields=["embeddings"],
-            docvalue_fields=["sha256"],
-        )
+        hits = self._search_all(query, retry=NO_RETRY, **options)
+        if len(hits) == options["size"]:  # many copies of one content may hide another; collapsing costs more
+            hits = self._search_all(query, retry=NO_RETRY, collapse={"field": "sha256"}, **options)
         return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
 
     def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:

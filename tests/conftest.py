@@ -53,6 +53,17 @@ class Server:
         return answer.json()
 
 
+# Tests that use one of these need a server or a browser, or start many processes.
+SLOW_FIXTURES = {"server", "s3", "three", "fragile", "newest", "browser", "hub", "web", "scripts", "elastic", "many"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests as slow by what they need, for `make test-fast`."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def unavailable(reason: str) -> NoReturn:
     """Skips, with the reason; in CI a missing server is a failure."""
     if os.environ.get("CI") == "true":

@@ -1,25 +1,33 @@
-"""What the README says is so: its options, its commands, its messages."""
+"""What the README and docs/ say is so: options, commands, messages, links."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import apsw
 import pytest
+import sqlite_vec
 
-from tests.conftest import image
-from tests.server import ROOT
-from tools.readme import README, with_help
+from tests.conftest import Scripts, image
+from tests.server import ROOT, S3
+from tools.options import OPTIONS, with_help
 
+README = ROOT / "README.md"
 TEXT = README.read_text()
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "images" / "README.md", *(ROOT / "docs").glob("*.md")]
 COMMANDS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays help out differently in each Python version")
 def test_its_options_are_those_of_help() -> None:
-    assert with_help(TEXT) == TEXT, "run `make readme`"
+    text = OPTIONS.read_text()
+    assert with_help(text) == text, "run `make options`"
 
 
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
@@ -59,20 +67,72 @@ def test_its_terraform_outputs_exist() -> None:
     assert {"ES_URL", "ES_CA_CERT"} == used <= outputs
 
 
-def test_its_make_targets_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`?make (\w+)", "\n".join([*COMMANDS, *re.findall(r"`make \w+`", TEXT)]))) <= targets
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        text = document.read_text()
+        commands = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        used = re.findall(r"`?\bmake ([a-z-]+)", "\n".join([*commands, *re.findall(r"`make [a-z-]+`", text)]))
+        assert set(used) <= targets, document
 
 
-def test_its_messages_are_those_of_the_code() -> None:
+def test_messages_are_those_of_the_code() -> None:
     sources = [ROOT / "create.py", ROOT / "search.py", *(ROOT / "imagesearch").glob("*.py")]
     code = re.sub(r'"\s+f?"', "", " ".join(source.read_text() for source in sources))
-    table = TEXT[TEXT.index("## When something fails") :]
-    for message in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE):
+    table = (ROOT / "docs" / "messages.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
+    assert len(rows) > 25
+    for message in re.findall(r"`([^`]+)`", " ".join(rows)):
         for part in message.split("…"):
             assert part.strip() in code, message
 
 
-def test_its_links_within_the_project_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+def test_links_within_the_project_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), (document, target)
+
+
+def test_the_bucket_section_works_on_a_local_server(s3: S3, local: Scripts) -> None:
+    """The commands of "Images in a bucket", word for word; the exports are those of a local server."""
+    section = TEXT[TEXT.index("## Images in a bucket") :]
+    exports, commands = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[:2]
+    assert set(re.findall(r"(\w+)=", exports)) <= s3.environment.keys()
+    s3.put("birds")
+    for seed in range(4):
+        stream = io.BytesIO()
+        image((60, 40), seed).save(stream, "JPEG")
+        s3.put("birds", f"photos/{seed}.jpg", stream.getvalue())
+    s3.put("birds", "new/heron.jpg", stream.getvalue())
+    commands = commands.replace("create.py", f"{ROOT}/create.py --model thumbnail").replace(
+        "search.py", f"{ROOT}/search.py"
+    )
+    bin_folder = local.folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "python3").symlink_to(sys.executable)
+    surroundings = local.environment | s3.environment
+    surroundings |= {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": ":".join(sys.path[1:])}
+    done = subprocess.run(
+        ["sh", "-ec", commands], cwd=local.folder, env=surroundings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"file_path": ["s3://birds/photos/3.jpg"], "desc": ["photos"]' in done.stdout
+
+
+def test_the_sql_of_the_local_index_works(local: Scripts) -> None:
+    (local.folder / "images" / "Osprey").mkdir(parents=True)
+    for seed in range(8):
+        image((30, 20), seed).save(local.folder / "images" / "Osprey" / f"{seed}.jpg")
+    local.create()
+    text = (ROOT / "docs" / "local-index.md").read_text()
+    with contextlib.closing(sqlite3.connect(local.folder / "imagesearch.db")) as database:
+        queries = re.findall(r"^sqlite3 imagesearch.db '(.*)'$", text, re.MULTILINE)
+        assert len(queries) == 3
+        assert all(database.execute(query).fetchall() for query in queries)
+    search = re.findall(r"^```sql\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+    database_ = apsw.Connection(str(local.folder / "imagesearch.db"))
+    database_.enable_load_extension(True)
+    database_.load_extension(sqlite_vec.loadable_path())
+    rows = database_.execute(search).fetchall()
+    assert len(rows) == 8 and rows[0] == ("./images/Osprey/7.jpg", pytest.approx(0, abs=1e-6))
+    database_.close()

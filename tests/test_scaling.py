@@ -125,7 +125,7 @@ def test_three_nodes_share_shards_and_senders(three: Cluster, picture: Picture, 
 
 
 def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server, picture: Picture) -> None:
-    """The README's recipes: the next index is built while this one serves, and takes its name in one request."""
+    """The recipes of docs/models.md: the next index is built while this one serves, and takes its name."""
     for number in range(10):
         picture(f"images/{number}.png", seed=number)
     averaging_model(elastic.folder / "other.onnx")
@@ -133,7 +133,7 @@ def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server
     elastic.create()
     for model, before, after in (("other.onnx", "", "-v2"), ("third.onnx", "-v2", "-v3")):
         assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == elastic.index + before
-        switching = recipe("README.md", f"python3 create.py --model {model}", elastic)
+        switching = recipe("docs/models.md", f"python3 create.py --model {model}", elastic)
         while switching.poll() is None:
             count = f"{elastic.index}/_count"
             try:

@@ -4,7 +4,7 @@
     python -m tools.benchmark.tutorial search IMAGE MODEL INDEX
 
 Its dependencies are made to work, which is more than a reader of the tutorial gets. Model and processor,
-with the tokenizer that `imgbeddings()` also loads each time, are stand-ins of CLIP's size (standin.py).
+with the tokenizer that `imgbeddings()` also loads each time, are stand-ins of CLIP's size (tests/clip_model.py).
 """
 
 import hashlib
@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import requests
 from elasticsearch import Elasticsearch
 
 from imagesearch.clip import import_imgbeddings
+from imagesearch.connection import Connection
+from tests.certificates import trusting_session
 
 
 def load(model: str) -> Any:
@@ -40,7 +41,9 @@ def embedding(path: str, model: str) -> list[float]:
 
 
 def create(folder: str, model: str, index: str) -> None:
-    es = Elasticsearch(os.environ["ES_URL"], ca_certs=os.environ["ES_CA_CERT"])
+    connection = Connection.from_env(os.environ)
+    assert connection
+    es = Elasticsearch(os.environ["ES_URL"], ssl_context=connection.ssl_context())
     if not es.indices.exists(index=index):
         vector = {"type": "dense_vector", "dims": 768, "index": True, "similarity": "cosine"}
         es.indices.create(index=index, mappings={"properties": {"embeddings": vector}})
@@ -53,10 +56,9 @@ def create(folder: str, model: str, index: str) -> None:
 
 def search(image: str, model: str, index: str) -> None:
     knn = {"field": "embeddings", "query_vector": embedding(image, model), "k": 1, "num_candidates": 100}
-    answer = requests.post(
+    answer = trusting_session(Path(os.environ["ES_CA_CERT"])).post(
         f"{os.environ['ES_URL']}/{index}/_search",
         json={"knn": knn, "fields": ["file_path", "desc"], "_source": False},
-        verify=os.environ["ES_CA_CERT"],
         timeout=60,
     )
     print(json.dumps(answer.json()))

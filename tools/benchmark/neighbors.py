@@ -1,6 +1,6 @@
-"""How good Elasticsearch's neighbours are, and what bounds a load: writes build/neighbours.md.
+"""How good Elasticsearch's neighbors are, and what limits indexing speed: writes build/neighbors.md.
 
-    python -m tools.benchmark.neighbours [SIZE …]
+    python -m tools.benchmark.neighbors [SIZE …]
 
 Sizes are numbers of documents: 10,000, 20,000 and 100,000 unless given; if given, loads are left out.
 Embeddings are clustered as those of photographs are: a tenth as many centres as there are embeddings, each
@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from imagesearch.elastic import Elastic
-from imagesearch.files import File
-from imagesearch.local import Local
 from numpy.typing import NDArray
 
-from imagesearch import elastic as module
-from imagesearch.connection import connection
-from imagesearch.embed import Document
-from imagesearch.models import DIMENSIONS, ModelRecord
+from imagesearch import elasticsearch_index as module
+from imagesearch.connection import Connection
+from imagesearch.documents import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
+from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.retry import NO_RETRY
+from imagesearch.sqlite_index import SqliteIndex
 from tests.server import ROOT, Cluster
 from tools.benchmark.timing import can_drop, drop, timed
 
@@ -39,7 +38,8 @@ INTRINSIC = 64
 QUERIES = 500
 K, OTHER_KS = 10, (1, 100)
 CANDIDATES, OVERSAMPLES = (50, 100, 200, 500, 1000), (None, 2.0)
-SENDERS, BULK = 2, module.BULK
+SENDERS, BULK_SIZE = 2, module.BULK_SIZE
+METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
 MERGED = 100_000  # the largest index that is merged to one segment as well: a million would take an hour
 
 
@@ -58,23 +58,25 @@ def clustered(size: int, seed: int) -> Iterator[NDArray[np.float32]]:
 
 def documents(size: int, seed: int) -> Iterator[Document]:
     for number, embedding in enumerate(clustered(size, seed)):
-        yield Document(File(f"./images/{number % 100}/{number}.jpg", 1, 1), None, "0" * 64, embedding)
+        path = f"./images/{number % 100}/{number}.jpg"
+        yield Document(ImageFile(path, path, str(number % 100), 1, 1), f"{number:064x}", embedding)
 
 
-def open_elastic(cluster: Cluster, name: str) -> Elastic:
-    place = connection({"ES_URL": cluster.url, "ES_CA_CERT": str(cluster.ca)}, insecure=False)
-    assert place
-    return Elastic(place, name, lambda seconds, why: False, 0)
+def open_index(cluster: Cluster, name: str) -> ElasticsearchIndex:
+    connection = Connection.from_env({"ES_URL": cluster.url, "ES_CA_CERT": str(cluster.ca)})
+    assert connection
+    return ElasticsearchIndex(connection, name, NO_RETRY)
 
 
 def fill(cluster: Cluster, name: str, parts: list[Iterable[Document]], bulk: int) -> float:
     """Documents a second into a new index, from a sender for each part, so many to a bulk request."""
-    with open_elastic(cluster, name) as index:
-        index.create(ModelRecord("thumbnail"))
-    module.BULK = bulk
+    with open_index(cluster, name) as index:
+        index.create(METADATA)
+    module.BULK_SIZE = bulk
 
     def one(part: Iterable[Document]) -> int:
-        with open_elastic(cluster, name) as index:
+        with open_index(cluster, name) as index:
+            index.get_metadata()
             return sum(1 for _ in index.write(part))
 
     started = time.perf_counter()
@@ -86,15 +88,15 @@ def fill(cluster: Cluster, name: str, parts: list[Iterable[Document]], bulk: int
 Search = Callable[[NDArray[np.float32]], dict[str, Any]]
 
 
-def with_settings(index: Elastic, candidates: int, oversample: float | None) -> Search:
-    """The search for K neighbours with other settings than search.py's own."""
+def with_settings(index: ElasticsearchIndex, candidates: int, oversample: float | None) -> Search:
+    """The search for K neighbors with other settings than search.py's own."""
 
     def search(query: NDArray[np.float32]) -> dict[str, Any]:
         knn = {"field": "embeddings", "query_vector": query.tolist(), "k": K, "num_candidates": candidates}
         if oversample:
             knn["rescore_vector"] = {"oversample": oversample}
         body = {"knn": knn, "size": K, "_source": False, "fields": ["file_path"]}
-        status, answer = index.ask("POST", f"{index.name}/_search", body)
+        status, answer = index._request("POST", f"{index._index}/_search", body)
         assert status == 200, answer
         return answer
 
@@ -118,21 +120,24 @@ def compare(how: str, search: Search, k: int, queries: list[NDArray[np.float32]]
 
 
 def exact(size: int, queries: list[NDArray[np.float32]]) -> list[dict[str, float]]:
-    """The true neighbours of each query, by the local index: their scores by `_id`, nearest first."""
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder, Local(Path(folder) / "index.db", "exact") as local:
-        local.create(ModelRecord("thumbnail"))
+    """The true neighbors of each query, by the local index: their scores by `_id`, nearest first."""
+    with (
+        tempfile.TemporaryDirectory(dir=ROOT / "build") as folder,
+        SqliteIndex(Path(folder) / "index.db", "exact") as local,
+    ):
+        local.create(METADATA)
         for _ in local.write(documents(size, 1)):
             pass
-        answers = [local.search(query, max(OTHER_KS), None)["hits"]["hits"] for query in queries]
+        answers = [local.search(query, max(OTHER_KS))["hits"]["hits"] for query in queries]
     return [{hit["_id"]: hit["_score"] for hit in hits} for hits in answers]
 
 
-def stored(index: Elastic) -> str:
+def stored(index: ElasticsearchIndex) -> str:
     """How many segments the index has, and its bytes on disk for each document, by kind."""
-    figures = index.client.indices.stats(index=index.name)["_all"]["primaries"]
+    figures = index._client.indices.stats(index=index._index)["_all"]["primaries"]
     with warnings.catch_warnings(action="ignore"):  # the analysis is a technical preview
-        client = index.client.options(request_timeout=3600)
-        usage = client.indices.disk_usage(index=index.name, run_expensive_tasks=True)[index.name]
+        client = index._client.options(request_timeout=3600)
+        usage = client.indices.disk_usage(index=index._index, run_expensive_tasks=True)[index._index]
     vectors = usage["all_fields"]["knn_vectors_in_bytes"]
     source = usage["fields"]["_source"]["total_in_bytes"]
     parts = (part / figures["docs"]["count"] for part in (usage["store_size_in_bytes"], vectors, source))
@@ -142,27 +147,28 @@ def stored(index: Elastic) -> str:
     )
 
 
-def after_opening(index: Elastic, call: Callable[[], object]) -> float:
+def after_opening(index: ElasticsearchIndex, call: Callable[[], object]) -> float:
     """Seconds of a call with nothing of the index in the file cache: what is mapped in memory cannot be dropped."""
-    index.client.indices.close(index=index.name)
+    index._client.indices.close(index=index._index)
     drop()
-    index.client.indices.open(index=index.name)
-    index.client.cluster.health(index=index.name, wait_for_status="yellow")
+    index._client.indices.open(index=index._index)
+    index._client.cluster.health(index=index._index, wait_for_status="yellow")
     return timed(call)
 
 
 def recall(size: int) -> Iterator[str]:
-    """Rows for one size: the load, the index's size, and each setting's recall, error and time."""
+    """Yields rows for one size: the load, the index's size, and each setting's recall, error and time."""
     queries = list(itertools.islice(clustered(max(size, QUERIES), 2), QUERIES))
     truth = exact(size, queries)
-    with Cluster(memory=f"{max(2, size // 125_000)}g") as cluster, open_elastic(cluster, "recall") as index:
+    with Cluster(memory=f"{max(2, size // 125_000)}g") as cluster, open_index(cluster, "recall") as index:
         parts = [itertools.islice(documents(size, 1), sender, None, SENDERS) for sender in range(SENDERS)]
-        rate = fill(cluster, index.name, [*parts], BULK)
+        rate = fill(cluster, index._index, [*parts], BULK_SIZE)
+        index.get_metadata()
         index.refresh()
         yield f"\n{size:,} documents, written by {SENDERS} senders in {size / rate:,.0f} s ({rate:,.0f}/s)\n"
         yield f"- as loaded: {stored(index)}"
         if can_drop():
-            times = [after_opening(index, functools.partial(index.search, query, K, None)) for query in queries[:5]]
+            times = [after_opening(index, functools.partial(index.search, query, K)) for query in queries[:5]]
             yield f"- a query with nothing in the file cache: {1000 * statistics.median(times):,.0f} ms"
         yield "\n| index | num_candidates | rescore_vector | k | recall@1 | recall@k | score error | ms a query |"
         yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -172,16 +178,16 @@ def recall(size: int) -> Iterator[str]:
         for k in (K, *OTHER_KS):
             yield compare("as loaded | search.py's own |", ours(index, k), k, queries, truth)
         if size <= MERGED:
-            index.client.options(request_timeout=3600).indices.forcemerge(index=index.name, max_num_segments=1)
+            index._client.options(request_timeout=3600).indices.forcemerge(index=index._index, max_num_segments=1)
             index.refresh()
             for k in (K, *OTHER_KS):
                 yield compare("one segment | search.py's own |", ours(index, k), k, queries, truth)
             yield f"\n- as one segment: {stored(index)}"
 
 
-def ours(index: Elastic, k: int) -> Search:
+def ours(index: ElasticsearchIndex, k: int) -> Search:
     """The search that search.py makes."""
-    return lambda query: index.search(query, k, None)
+    return lambda query: index.search(query, k)
 
 
 def load(cluster: Cluster) -> Iterator[str]:
@@ -210,7 +216,7 @@ def main() -> None:
                 add(load(cluster))
     for size in sizes or (10_000, 20_000, 100_000):
         add(recall(size))
-    (ROOT / "build" / "neighbours.md").write_text("\n".join(lines) + "\n")
+    (ROOT / "build" / "neighbors.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's option lists, generated from --help: `make readme` writes them, a test compares."""
+"""docs/options.md, generated from --help: `make options` writes it, a test compares it."""
 
 import os
 import re
@@ -7,12 +7,12 @@ import sys
 
 from tests.server import ROOT
 
-README = ROOT / "README.md"
+OPTIONS = ROOT / "docs" / "options.md"
 MARK = re.compile(r"<!-- help (\S+) -->\n(?:```text\n.*?\n```\n)?", re.DOTALL)
 
 
 def with_help(text: str) -> str:
-    """`text` with each script's --help, 100 columns wide, after its mark."""
+    """Returns `text` with each script's --help, 100 columns wide, after its mark."""
 
     def block(mark: re.Match[str]) -> str:
         command = [sys.executable, mark[1], "--help"]
@@ -24,4 +24,4 @@ def with_help(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_help(README.read_text()))
+    OPTIONS.write_text(with_help(OPTIONS.read_text()))

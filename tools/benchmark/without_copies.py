@@ -1,0 +1,27 @@
+"""create.py without looking up contents in the index, for comparison."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import imagesearch.embed as embed
+
+
+class _NoLookUp:
+    """Computes every embedding."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "_NoLookUp":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def get(self, _sha256: str, compute: Callable[[], embed.Embedding]) -> tuple[embed.Embedding, bool]:
+        return compute(), False
+
+
+embed._Embeddings = _NoLookUp  # type: ignore[assignment, misc]
+sys.argv[0] = str(Path(__file__).parents[2] / "create.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
