@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagesearch import embed as embed_module
+from imagesearch import copies
 from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate, ModelInfo
 from imagesearch.embed import embed_images, embed_queries
 from imagesearch.images import image_extensions
@@ -226,7 +226,7 @@ def test_an_index_that_fails_to_answer_only_costs_time(tmp_path: Path) -> None:
 
 
 def test_recent_embeddings_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed_module, "RECENT_SIZE", 2)
+    monkeypatch.setattr(copies, "RECENT_SIZE", 2)
     for number in range(40):
         image((20, 20), number % 10).save(tmp_path / f"{number}.png")
     documents, errors = embed_all([tmp_path / f"{number}.png" for number in range(40)], Counting())

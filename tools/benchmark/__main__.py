@@ -326,9 +326,12 @@ def search(model: clip.Clip) -> Iterator[Row]:
     images = sorted(SMALL.rglob("*.jpg"))[:100]
     hundred = median(lambda: script("search.py", *images, "--db", "create.db", "--index", "local"), times=3)
     each = 99 / (hundred - one)
+    rates = rates_alone(model)
+    best = 1 / (1 / rates.embedding + 1 / rates.decoding)
     yield Row(
-        f"search.py, 100 images in one call: {hundred:.2f} s, {each:.0f} a second after the first",
-        f"{100 * each / rates_alone(model).embedding:.0f}%",
+        f"search.py, 100 images in one call: {hundred:.2f} s, {each:.0f} a second after the first; ideal {best:.0f}"
+        f" (embedding {rates.embedding:.0f}/s, decoding {rates.decoding:.0f}/s)",
+        f"{100 * each / best:.0f}%",
         "≥ 80%",
     )
 
@@ -454,6 +457,10 @@ def bucket() -> Iterator[Row]:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda key: obstore.put(store, key, (SMALL / key).read_bytes()), keys))
         environment = server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        for key in 5 * keys:  # until Java has compiled its code
+            obstore.get(store, key).bytes()
+        process = server.process
+        assert process
         distant = from_url(
             "s3://photographs",
             config=settings | {"aws_endpoint_url": environment["AWS_ENDPOINT_URL"]},
@@ -465,14 +472,16 @@ def bucket() -> Iterator[Row]:
         runs = []
         for number in range(2):
             local = script("create.py", "--images", "small", "--model", MODEL, "--db", f"near-{number}.db")
+            cpu = cpu_seconds(process.pid)
             far = script(
                 "create.py", "--images", "s3://photographs", "--model", MODEL, "--db", f"far-{number}.db", **environment
             )
-            runs.append((local.seconds, far.seconds, far.peak))
-        near, away = (statistics.mean(run[n] for run in runs) for n in (0, 1))
+            share = (cpu_seconds(process.pid) - cpu) / (far.seconds * available_cpus())
+            runs.append((local.seconds, far.seconds, far.peak, share))
+        near, away, peak, share = (statistics.mean(run[n] for run in runs) for n in range(4))
         yield Row(
             f"create.py, 1,000 JPEGs in a bucket, {1000 * one:.0f} ms a read: {PHOTOGRAPHS / away:.0f} images/s"
-            f" ({max(run[2] for run in runs):.0f} MB), in a folder {PHOTOGRAPHS / near:.0f}",
+            f" ({peak:.0f} MB; the server used {100 * share:.0f}% of the CPU), in a folder {PHOTOGRAPHS / near:.0f}",
             f"{100 * near / away:.0f}%",
             "≥ 90%",
         )
@@ -506,17 +515,19 @@ def copies(elasticsearch: dict[str, str]) -> Iterator[Row]:
     """What looking up contents costs a first run, and how fast a renamed folder is."""
     folder = FOLDER / "renamed"
     for name, environment in (("local", {}), ("Elasticsearch", elasticsearch)):
-        pairs = []
-        for number in range(3):
-            arguments = ("--images", "small", "--model", MODEL, "--db", f"copies-{name}-{number}.db")
-            with_look_up, without = (
-                script(program, *arguments, "--index", f"copies-{name.lower()}-{number}-{kind}", **environment).seconds
-                for kind, program in (("with", "create.py"), ("without", "tools/benchmark/without_copies.py"))
-            )
-            pairs.append(without / with_look_up)
+        programs = {"with": "create.py", "without": "tools/benchmark/without_copies.py"}
+        ratios = []
+        for number in range(4):
+            seconds = {}
+            # In turn, since a server that is still compiling its code favors whichever is second.
+            for kind in sorted(programs, reverse=number % 2 == 1):
+                arguments = ("--images", "small", "--model", MODEL, "--db", f"copies-{number}-{kind}.db")
+                index = f"copies-{name.lower()}-{number}-{kind}"
+                seconds[kind] = script(programs[kind], *arguments, "--index", index, **environment).seconds
+            ratios.append(seconds["without"] / seconds["with"])
         yield Row(
             f"create.py, 1,000 new JPEGs, {name}: its rate against that without looking up contents",
-            f"{100 * statistics.median(pairs):.0f}%",
+            f"{100 * statistics.median(ratios):.0f}%",
             "≥ 97%",
         )
         shutil.rmtree(folder, ignore_errors=True)

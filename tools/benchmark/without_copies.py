@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import imagesearch.embed as embed
+from imagesearch import embed
+from imagesearch.copies import Embedding
 
 
 class _NoLookUp:
@@ -18,10 +19,10 @@ class _NoLookUp:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def get(self, _sha256: str, compute: Callable[[], embed.Embedding]) -> tuple[embed.Embedding, bool]:
+    def get(self, _sha256: str, compute: Callable[[], Embedding]) -> tuple[Embedding, bool]:
         return compute(), False
 
 
-embed._Embeddings = _NoLookUp  # type: ignore[assignment, misc]
+vars(embed)["KnownEmbeddings"] = _NoLookUp
 sys.argv[0] = str(Path(__file__).parents[2] / "create.py")
 runpy.run_path(sys.argv[0], run_name="__main__")
