@@ -2,6 +2,10 @@
 # ruff: noqa: E402
 """Makes a CLIP embedding of every image in a folder or bucket and indexes it, for search.py to find."""
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, from here on
+
 from imagesearch import cli
 
 cli.start()  # before the imports that take long
@@ -18,7 +22,7 @@ from imagesearch.index import Index, open_index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
 from imagesearch.parallel import batched
-from imagesearch.paths import BUCKET_URL, path_from_text, path_to_text, quote_path
+from imagesearch.paths import BUCKET_URL, index_folder, path_to_text, quote_path
 from imagesearch.progress import Progress
 from imagesearch.prune import check_prune, prune
 from imagesearch.retry import RetryPolicy
@@ -41,23 +45,25 @@ def main() -> int:
     retry = RetryPolicy(arguments.retry_timeout, interrupt.sleep, progress.on_retry)
     with open_index(arguments.index, cli.connect(arguments), arguments.db, retry) as index:
         metadata = index.get_metadata()
-        source = open_source(arguments.images, index_folder(metadata), retry)
+        source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
         check_source(source, index, metadata, arguments)
-        model = prepare_index(index, metadata, arguments.model)
+        metadata, model = prepare_index(index, metadata, arguments.model)
+        source = open_source(arguments.images, index_folder(metadata.folder), retry)
         with interrupt, progress:
             if progress.is_terminal:
                 progress.start_bar(sum(1 for _ in interrupt.until_interrupted(find_images(source, arguments.part))))
             index.refresh()  # what an interrupted run has written is not embedded again
             images = find_images(source, arguments.part, progress)
             changed = find_changed(interrupt.until_interrupted(images), index, progress)
-            candidates = interrupt.until_interrupted(changed)
+            changed = interrupt.until_interrupted(changed)
             with closing(
-                embed_images(candidates, source, model, index.find_embeddings, progress.count_unreadable)
+                embed_images(changed, source, model, index.find_embeddings, progress.count_unreadable)
             ) as documents:  # its threads end before the index is closed
                 for document in index.write(documents):
                     progress.count_written(document)
             if arguments.prune and not interrupt.signal:
-                progress.deleted = prune(index, source, arguments.part.contains)
+                for deleted in interrupt.until_interrupted(prune(index, source, arguments.part.contains)):
+                    progress.deleted += deleted
             index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal
@@ -83,9 +89,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="also delete the documents below DIR whose files are gone, unless those are all of them",
+        help="also delete the documents of files below DIR that no longer exist; refused if none is left and all images"
+        " are new",
     )
-    parser.add_argument("--prune-all", action="store_true", help="like --prune, even if none of the files is left")
+    parser.add_argument("--prune-all", action="store_true", help="like --prune, but never refused")
     parser.add_argument(
         "--part",
         metavar="I/N",
@@ -98,8 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECONDS",
         type=cli.seconds,
         default=120,
-        help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; does not"
-        " apply to its start (default: 120)",
+        help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; not"
+        " at its start (default: 120)",
     )
     parser.add_index_options()
     arguments = parser.parse_args()
@@ -107,19 +114,14 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def index_folder(metadata: IndexMetadata | None) -> str:
-    """Returns the folder that the index's relative paths belong to: the one it was created in."""
-    return path_from_text(metadata.folder) if metadata else os.path.realpath(os.curdir)
-
-
 def check_source(source: Source, index: Index, metadata: IndexMetadata | None, arguments: argparse.Namespace) -> None:
     """Raises UsageError if there are no images, or if --prune might delete what it should not."""
     source.check()
     if arguments.prune and metadata:
         is_relative = not (os.path.isabs(arguments.images) or BUCKET_URL.match(arguments.images))
-        if is_relative and index_folder(metadata) != os.path.realpath(os.curdir):
+        if is_relative and index_folder(metadata.folder) != os.path.realpath(os.curdir):
             raise UsageError(
-                f"The relative paths in the index {arguments.index} belong to {quote_path(metadata.folder)}:"
+                f"The paths in the index {arguments.index} are relative to {quote_path(metadata.folder)}:"
                 " run --prune there, or use --images with an absolute path."
             )
         if not arguments.prune_all:
@@ -130,15 +132,20 @@ def check_source(source: Source, index: Index, metadata: IndexMetadata | None, a
         )
 
 
-def prepare_index(index: Index, metadata: IndexMetadata | None, name: str | None) -> Model:
-    """Returns the index's model; creates the index if there is none. Raises UsageError for another model."""
+def prepare_index(index: Index, metadata: IndexMetadata | None, name: str | None) -> tuple[IndexMetadata, Model]:
+    """Returns the index's metadata and model; creates the index if there is none.
+
+    Raises UsageError if `name` is not the index's model.
+    """
     if metadata:
-        return load_index_model(metadata.model, name, threads=1)
+        return metadata, load_index_model(metadata.model, name, threads=1)
     model = load_model(name or "clip", threads=1)
     index.create(IndexMetadata(model.info, path_to_text(index_folder(None))))
-    if created := index.get_metadata():  # perhaps by another run, with another model
-        check_compatible(created.model, model.info)
-    return model
+    created = index.get_metadata()  # perhaps another run's, with another model or in another folder
+    if created is None:
+        raise UsageError("The index was deleted as soon as it was created. Run the command again.")
+    check_compatible(created.model, model.info)
+    return created, model
 
 
 def find_images(source: Source, part: cli.Part | None = None, progress: Progress | None = None) -> Iterator[ImageFile]:
@@ -151,7 +158,7 @@ def find_images(source: Source, part: cli.Part | None = None, progress: Progress
 def find_changed(
     images: Iterable[ImageFile], index: Index, progress: Progress
 ) -> Iterator[tuple[ImageFile, FileMetadata | None]]:
-    """Yields the images that the index does not hold as they are, each with what it holds of it."""
+    """Yields new and changed images, each with what the index holds of it, None for a new one."""
     for page in batched(images, PAGE_SIZE):
         indexed = index.get_file_metadata([image.id for image in page])
         for image in page:
@@ -159,6 +166,7 @@ def find_changed(
             if known and (known.size, known.mtime) == (image.size, image.mtime):
                 progress.count_unchanged()
             else:
+                progress.start_embedding()
                 yield image, known
 
 

@@ -2,6 +2,10 @@
 # ruff: noqa: E402
 """Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each IMAGE."""
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, from here on
+
 from imagesearch import cli
 
 cli.start()  # before the imports that take long
@@ -16,7 +20,7 @@ from imagesearch.errors import UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import load_index_model
 from imagesearch.parallel import available_cpus
-from imagesearch.paths import path_to_text, query_name, quote_path
+from imagesearch.paths import index_folder, path_to_text, query_name, quote_path
 from imagesearch.results_page import Page, check_page_path
 from imagesearch.sources import open_query
 
@@ -44,7 +48,7 @@ def main() -> int:
             )
         threads = available_cpus() if len(arguments.image) == 1 else 1
         model = load_index_model(metadata.model, arguments.model, threads)
-        page = Page(arguments.html, index, metadata.folder) if arguments.html else None
+        page = Page(arguments.html, index, path_to_text(index_folder(metadata.folder))) if arguments.html else None
         opener = page.open_query if page else open_query
         for query, embedding in embed_queries(arguments.image, opener, model):
             if isinstance(embedding, str):
@@ -78,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
     arguments = parser.parse_args()
+    if arguments.image.count("-") > 1:
+        parser.error("argument IMAGE: standard input (-) can be read only once")
     if arguments.html is not None:
         arguments.html = check_page_path(arguments.html, arguments.image)
     return arguments
@@ -101,16 +107,20 @@ def score(text: str) -> float:
 def check_response(response: dict[str, Any], index: Index, arguments: argparse.Namespace) -> int:
     """Says what is missing from a response; returns the exit code. Raises UsageError if the index is empty."""
     if response["_shards"]["failed"] or response["timed_out"]:
-        cli.say("Warning: a part of the index did not answer; there may be nearer images.")
+        cli.say("Warning: some shards failed or timed out; there may be nearer images.")
         return 1
     if response["hits"]["hits"] or arguments.min_score is not None:
         return 0
     classes = index.count_classes()
     if not classes:
         raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
-    nearest = difflib.get_close_matches(arguments.desc or "", classes, cutoff=0.5)
-    hint = f"; the nearest of its {len(classes):,} classes: {', '.join(map(quote_path, nearest))}" if nearest else ""
-    cli.say(f"The index {arguments.index} has no image of class {quote_path(arguments.desc or '')}{hint}.")
+    spellings = {name.casefold(): name for name in classes}
+    similar = difflib.get_close_matches((arguments.desc or "").casefold(), spellings, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(quote_path(spellings[name]) for name in similar)}?" if similar else "."
+    cli.say(
+        f"The index {arguments.index} has no image of class {quote_path(arguments.desc or '')}"
+        f" among its {len(classes):,} classes{hint}"
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import posixpath
@@ -24,7 +25,7 @@ from imagesearch.retry import RetryableError, RetryPolicy
 
 Result = TypeVar("Result")
 
-# obstore's own retries, for a moment's failure; longer ones are ours, which the user sees.
+# obstore's own retries cover brief failures; RetryPolicy, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 HEAD_THREADS = 32
 
@@ -33,6 +34,7 @@ CREDENTIALS_HINT = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+_BAD_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 _METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")  # asked for credentials if none are set
 
 
@@ -121,14 +123,18 @@ class BucketSource:
 
 
 @contextlib.contextmanager
-def open_object(url: str, retry: RetryPolicy) -> Iterator[BinaryIO]:
-    """Opens the object with this URL. Raises OSError or ValueError if it cannot be read, UsageError without access."""
+def open_object(url: str, retry: RetryPolicy) -> Iterator[tuple[int, int, BinaryIO]]:
+    """Yields size in bytes, mtime in nanoseconds and content of the object with this URL.
+
+    Raises OSError or ValueError if it cannot be read, ImageSearchError if the bucket cannot be reached.
+    """
     bucket_url, key = _split_url(url)
     store = _open_store(bucket_url)
-    size = retry.call(f"The bucket {bucket_url}", lambda: _translated(lambda: obstore.head(store, key), bucket_url))
-    check_size(size["size"])
-    with content_memory.reserve(size["size"]):
-        yield io.BytesIO(_read(store, bucket_url, key, retry)[1])
+    meta = retry.call(f"The bucket {bucket_url}", lambda: _translated(lambda: obstore.head(store, key), bucket_url))
+    check_size(meta["size"])
+    with content_memory.reserve(meta["size"]):
+        meta, content = _read(store, bucket_url, key, retry)
+        yield meta["size"], _mtime(meta["last_modified"]), io.BytesIO(content)
 
 
 def _split_url(url: str) -> tuple[str, str]:
@@ -140,6 +146,7 @@ def _split_url(url: str) -> tuple[str, str]:
     return f"{scheme}://{bucket}", key.strip("/")
 
 
+@functools.cache
 def _open_store(bucket_url: str) -> Any:
     return _translated(lambda: from_url(bucket_url, retry_config=RETRY_CONFIG), bucket_url)
 
@@ -175,7 +182,7 @@ def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
             raise UsageError(f"There is no bucket {bucket_url} ({reason}).") from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        if isinstance(error, PermissionDeniedError):
+        if isinstance(error, PermissionDeniedError) and not any(code in text for code in _BAD_CREDENTIALS):
             raise PermissionError(errno.EACCES, f"access denied ({reason})") from None
         if key := re.search(r'[Pp]ath "([^"]*)"', text if isinstance(error, InvalidPathError | ValueError) else ""):
             raise UsageError(
@@ -191,6 +198,8 @@ def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
                 f"{bucket_url} cannot be reached: AWS_ENDPOINT_URL must begin with https://, or with http:// and"
                 " AWS_ALLOW_HTTP=true."
             ) from None
+        if reason == "HTTP 404":
+            raise UsageError(f"There is no bucket {bucket_url}, or no object store answers ({reason}).") from None
         if re.match(r"HTTP 4(?!08|29)", reason):
             raise UsageError(f"{bucket_url} denied access ({reason}): check {hint}.") from None
         if " - " not in text:  # before any request was sent

@@ -1,13 +1,17 @@
 """Files that are made once for each model and kept: hashes and rewritten models."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+STALE_SECONDS = 3600
 
 
 def cache_folder() -> Path:
@@ -22,6 +26,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     So `path` is never seen half-written, whoever else reads or writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
@@ -44,7 +52,7 @@ def model_sha256(path: Path) -> str:
         if files[0] == path and record["files"] == [_identity(file) for file in files]:
             return str(record["sha256"])
     names = [path.name, *_external_data(path)]
-    hashes = [_file_sha256(path.parent / name) for name in names]
+    hashes = [file_sha256(path.parent / name) for name in names]
     sha256 = hashes[0] if len(names) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     record = {"files": [_identity(path.parent / name) for name in names], "sha256": sha256}
     with contextlib.suppress(OSError), atomic_write(remembered) as temporary:  # without a cache, it is hashed each time
@@ -57,7 +65,8 @@ def _identity(path: Path) -> list[Any]:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of the file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

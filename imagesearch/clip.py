@@ -88,7 +88,7 @@ class Clip(import_imgbeddings()):  # type: ignore[misc]
     def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the embedding, shape (768,), of an array from `preprocess`.
 
-        One image at a time: Onnx Runtime derives the scales of the quantized activations from a whole
+        One image at a time: ONNX Runtime derives the scales of the quantized activations from a whole
         batch, so in a batch an embedding would depend on the other images.
         """
         (embedding,) = self.create_embeddings({"pixel_values": pixels[None]})
@@ -108,7 +108,7 @@ def load_onnx(name: str, path: Path, threads: int) -> Clip:
     try:
         sha256 = model_sha256(path)
         session = _open_session(path, int8_model_path(path, sha256), options)
-    except Exception as error:  # Onnx Runtime's exceptions have no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise UsageError(f"{quoted} is not an ONNX model that can be run: {' '.join(str(error).split())}") from None
     inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
     outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]

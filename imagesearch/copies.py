@@ -15,15 +15,15 @@ Embedding = NDArray[np.float32]
 FindEmbeddings = Callable[[Sequence[str]], dict[str, Embedding]]  # by SHA-256 in hex, those that are in the index
 
 RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the index may not find yet
-READY_PER_CPU = 8  # contents that are ready to be computed while more are looked up: some 70 ms of work
+READY_PER_CPU = 8  # contents looked up and not embedded yet, below which the next are looked up: 70 ms of work
 
 
 class KnownEmbeddings:
     """The embeddings of contents, by SHA-256: computed once, or copied from the index.
 
-    `find_embeddings` looks up contents in the index. Contents of several threads are looked up
-    together, since many small look-ups would cost Elasticsearch as much as storing them: as long as
-    there is enough to compute, they wait. Safe to use from several threads; a context manager.
+    `find_embeddings` looks up contents in the index. Look-ups are batched: the contents of all threads
+    wait until the CPUs are about to run out of work, then go into one query. Safe to use from several
+    threads; a context manager.
     """
 
     def __init__(self, find_embeddings: FindEmbeddings) -> None:

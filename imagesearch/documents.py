@@ -75,10 +75,10 @@ class FileMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document to be written for an image whose content is new to the index.
+    """A document to write: an image that is new, or whose content changed.
 
     `embedding` has shape (768,) and dtype float32. `is_update` is True if it replaces a document,
-    `is_copy` if the embedding was found in the index instead of computed.
+    `is_copy` if its embedding was reused, from the index or from earlier in this run.
     """
 
     image: ImageFile

@@ -18,9 +18,12 @@ PRIVILEGES_HINT = (
     " search.py needs read and view_index_metadata."
 )
 
+SIZE_HINT = "raise the limit of the proxy in front of Elasticsearch"
+
 # OpenSSL's codes, of X509_verify_cert(3)
 _HOST_MISMATCH, _IP_MISMATCH = 62, 64
 _NOT_YET_VALID, _EXPIRED = 9, 10
+_UNKNOWN_CA = (2, 18, 19, 20, 21)
 
 
 def is_retryable(status: int, error: object) -> bool:
@@ -38,11 +41,9 @@ def is_missing_index(body: dict[str, Any]) -> bool:
     return isinstance(error, dict) and error.get("type") == "index_not_found_exception"
 
 
-def deleted_index_error(connection: Connection) -> ImageSearchError:
-    """Returns the error for an index that was there when the run began."""
-    return ImageSearchError(
-        f"The index on {connection} was deleted during the run. Run the command again to build a new one."
-    )
+def deleted_index_error(index: str) -> ImageSearchError:
+    """Returns the error for an index that existed when the run began."""
+    return ImageSearchError(f"The index {index} was deleted during the run. Run the command again to create a new one.")
 
 
 def error_reason(body: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ def hint(body: dict[str, Any]) -> str:
     return "Fix this, then run the command again."
 
 
-def translate_error(error: Exception, connection: Connection) -> Exception:
+def translate_error(error: Exception, connection: Connection, index: str) -> Exception:
     """Returns the exception to raise in place of one of the elasticsearch client's (ApiError, TransportError).
 
     A RetryableError if waiting may help, otherwise an ImageSearchError with a hint.
@@ -75,8 +76,12 @@ def translate_error(error: Exception, connection: Connection) -> Exception:
         reason = error_reason(body) if body else f"HTTP {error.status_code}"
         if error.status_code == 401:
             return authentication_error(connection)
+        if error.status_code == 403:
+            return UsageError(f"Elasticsearch denied access (HTTP 403): {reason}. {hint(body)}")
+        if error.status_code == 413:
+            return UsageError(f"{connection} refused a request because it is too large (HTTP 413): {SIZE_HINT}.")
         if is_missing_index(body):
-            return deleted_index_error(connection)
+            return deleted_index_error(index)
         if is_retryable(error.status_code, body.get("error")):
             return RetryableError(reason)
         return ImageSearchError(f"Elasticsearch refused a request: {reason}. {hint(body)}")
@@ -98,7 +103,7 @@ def authentication_error(connection: Connection) -> UsageError:
 
 
 def response_error(response: requests.Response, host: str, connection: Connection) -> UsageError | None:
-    """Returns what is wrong with a response that is not Elasticsearch's answer to a permitted user, or None."""
+    """Returns the error for a response that denies access or is not from Elasticsearch, None if it is usable."""
     if 300 <= response.status_code < 400:
         location = urlsplit(response.headers.get("Location", ""))
         target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}" if location.netloc else "another path"
@@ -106,7 +111,7 @@ def response_error(response: requests.Response, host: str, connection: Connectio
     if response.status_code == 401:
         return authentication_error(connection)
     if response.status_code == 413:
-        return UsageError(f"{host} refused the request because it is too large (HTTP 413): raise the proxy's limit.")
+        return UsageError(f"{host} refused the request because it is too large (HTTP 413): {SIZE_HINT}.")
     try:
         body = response.json()
     except ValueError:
@@ -149,6 +154,8 @@ def _certificate_hint(error: ssl.SSLCertVerificationError, connection: Connectio
         return "use a host name in ES_URL that the certificate was issued for."
     if error.verify_code in (_EXPIRED, _NOT_YET_VALID):
         return "renew the server's certificate, or set this machine's clock."
+    if error.verify_code not in _UNKNOWN_CA:
+        return "replace the server's certificate or that of its CA."
     if connection.ca_certs is None:
         return "set ES_CA_CERT to the file of the CA that signed it."
     return (

@@ -79,10 +79,10 @@ class _SSLContextAdapter(HTTPAdapter):
 class ElasticsearchIndex:
     """An `Index` on Elasticsearch. `index` is its name, or an alias of one index.
 
-    The index that the name stands for is remembered when its metadata is read. If the name comes to
-    stand for another index, writing raises ImageSearchError, since embeddings of another model may
-    be there. Writing and looking up are retried by `retry` while Elasticsearch is unreachable or
-    overloaded; searching and reading metadata try each host once.
+    The index that the name points to is remembered when its metadata is read. If the name later points
+    to another index, writing raises ImageSearchError, since embeddings of another model may be there.
+    Writing and looking up are retried by `retry` while Elasticsearch is unreachable or overloaded;
+    searching and reading metadata try each host once.
     """
 
     def __init__(self, connection: Connection, index: str, retry: RetryPolicy) -> None:
@@ -92,6 +92,7 @@ class ElasticsearchIndex:
         self._hosts = list(connection.hosts)
         self._concrete_index = index
         self._uuid: str | None = None
+        self._bulk_size = BULK_SIZE
         self._metadata: IndexMetadata | None = None
 
     def __enter__(self) -> Self:
@@ -175,7 +176,7 @@ class ElasticsearchIndex:
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         options = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
         query = {"terms": {"sha256": list(sha256s)}}
-        # Not retried: an index that is away has no copies to offer, and the run has to go on.
+        # Not retried: an unreachable index has no copies to offer, and the run has to continue.
         hits = self._search_all(query, retry=NO_RETRY, **options)
         if len(hits) == options["size"]:  # many copies of one content may hide another; collapsing costs more
             hits = self._search_all(query, retry=NO_RETRY, collapse={"field": "sha256"}, **options)
@@ -196,24 +197,32 @@ class ElasticsearchIndex:
     def count_classes(self) -> dict[str, int]:
         aggregation = {"classes": {"terms": {"field": "desc", "size": MAX_CANDIDATES}}}
         status, body = self._request("POST", f"{quote(self._index)}/_search", {"size": 0, "aggs": aggregation})
-        buckets = body["aggregations"]["classes"]["buckets"] if status == 200 else []
-        return {bucket["key"]: bucket["doc_count"] for bucket in buckets}
+        if status != 200 or body["_shards"]["failed"]:
+            raise ImageSearchError(f"Elasticsearch cannot list the classes of {self._index}: {error_reason(body)}.")
+        return {bucket["key"]: bucket["doc_count"] for bucket in body["aggregations"]["classes"]["buckets"]}
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
         for batch in batched(items, BULK_SIZE):
             pending: Pending = {item.image.id: _bulk_action(self._index, item) for item in batch}
             missing: set[str] = set()
+            error: ImageSearchError | None = None
             try:
-                self._write_pending(pending, missing)
-            finally:
-                unwritten = pending.keys() | missing
-                yield from (item for item in batch if item.image.id not in unwritten)
+                self._send_pending(pending, missing)
+            except ImageSearchError as some_refused:
+                error = some_refused
+            else:
+                self._ensure_same_index()  # otherwise nothing of this batch is stored where it should be
+            unwritten = pending.keys() | missing
+            yield from (item for item in batch if item.image.id not in unwritten)
+            if error:
+                raise error
 
     def delete(self, ids: Sequence[str]) -> int:
         pending: Pending = {id_: [_dumps({"delete": {"_index": self._index, "_id": id_}})] for id_ in ids}
         missing: set[str] = set()
         if pending:
-            self._write_pending(pending, missing)
+            self._send_pending(pending, missing)
+            self._ensure_same_index()
         return len(ids) - len(missing)
 
     def refresh(self) -> None:
@@ -240,7 +249,7 @@ class ElasticsearchIndex:
         return self._search_once(body) or self._search_moved(body)
 
     def _search_once(self, body: Body) -> dict[str, Any] | None:
-        """Returns the response, or None if the name no longer stands for the index whose metadata was read."""
+        """Returns the response, or None if the name no longer points to the index whose metadata was read."""
         status, response = self._request("POST", f"{quote(self._index)}/_search", body)
         if status == 200:
             moved = any(hit["_index"] != self._concrete_index for hit in response["hits"]["hits"])
@@ -256,6 +265,8 @@ class ElasticsearchIndex:
         """Repeats a search that was cut off because the name was moved to another index."""
         before = self._metadata
         after = self.get_metadata()
+        if after is None:
+            raise ImageSearchError(f"The index {self._index} was deleted during the search.")
         compatible = before and after and before.model.is_compatible(after.model)
         response = self._search_once(body) if compatible else None
         if response is None:
@@ -277,9 +288,12 @@ class ElasticsearchIndex:
                     timeout=(CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS),
                     allow_redirects=False,  # a POST would become a GET without its body
                 )
-            except (requests.exceptions.RequestException, ValueError) as failure:  # ValueError: an impossible host name
-                error = connection_error(failure, self._connection, host)
-                if is_certificate_error(failure):
+            except (
+                requests.exceptions.RequestException,
+                ValueError,
+            ) as exception:  # ValueError: an impossible host name
+                error = connection_error(exception, self._connection, host)
+                if is_certificate_error(exception):
                     break
                 continue
             error = response_error(response, host, self._connection)
@@ -305,36 +319,36 @@ class ElasticsearchIndex:
 
         return self._with_retries(search, retry)
 
-    def _write_pending(self, pending: Pending, missing: set[str]) -> None:
+    def _send_pending(self, pending: Pending, missing: set[str]) -> None:
         """Sends bulk actions, by ``_id``, and removes from `pending` what Elasticsearch has done.
 
         `missing` receives the documents that are not there to update or delete.
         """
-        self._with_retries(lambda: self._send_bulk(pending, missing, list(pending)))
-        self._check_index()
+        while pending:
+            ids = list(itertools.islice(pending, self._bulk_size))
+            self._with_retries(functools.partial(self._send_bulk, pending, missing, ids))
 
     def _send_bulk(self, pending: Pending, missing: set[str], ids: list[str]) -> None:
-        """Sends the actions `ids` of `pending` in one request, or in halves if a proxy finds it too large.
+        """Sends those of the actions `ids` that are still pending.
 
-        Raises RetryableError if some were rejected for now, ImageSearchError if for good.
+        If a proxy finds the request too large, nothing is done, and the next ones are half as large.
+        Raises RetryableError if actions were rejected temporarily, ImageSearchError if permanently.
         """
         from elasticsearch import ApiError
 
+        ids = [id_ for id_ in ids if id_ in pending]
         try:
             response = self._client.bulk(operations=list(itertools.chain.from_iterable(pending[id_] for id_ in ids)))
         except ApiError as error:
             if error.status_code != 413 or len(ids) == 1:
                 raise
-            middle = len(ids) // 2
-            self._send_bulk(pending, missing, ids[:middle])
-            self._send_bulk(pending, missing, ids[middle:])
+            self._bulk_size = len(ids) // 2
             return
         rejected: list[dict[str, Any]] = []
         for item in response["items"]:
             (result,) = item.values()
             if result["_index"] != self._concrete_index:
-                self._check_index()
-                raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+                self._ensure_same_index()
             error_type = (result.get("error") or {}).get("type")
             if error_type == "document_missing_exception" or result.get("result") == "not_found":
                 missing.add(result["_id"])
@@ -344,39 +358,38 @@ class ElasticsearchIndex:
             del pending[result["_id"]]
         for result in rejected:
             if is_missing_index(result):
-                raise deleted_index_error(self._connection)
+                raise deleted_index_error(self._index)
             if not is_retryable(result["status"], result["error"]):
                 raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}. {hint(result)}")
         if rejected:
-            reason = f"it rejected {len(rejected)} documents for now ({error_reason(rejected[0])})"
+            reason = f"it temporarily rejected {len(rejected)} documents ({error_reason(rejected[0])})"
             raise RetryableError(reason, progress=len(rejected) < len(ids))
 
-    def _check_index(self) -> None:
-        """Raises ImageSearchError if the name stands for another index than the one whose metadata was read.
+    def _ensure_same_index(self) -> None:
+        """Raises ImageSearchError if the name no longer points to the index whose metadata was read.
 
-        If the index was deleted, Elasticsearch has made a new one from the bulk request, with a guessed
-        mapping. It is deleted again; if that is not permitted, its missing metadata keeps others from using it.
+        If that index was deleted, Elasticsearch has created another one from the bulk request, with a guessed
+        mapping. It is deleted; if that is not permitted, its missing metadata keeps others from using it.
         """
         from elasticsearch import ApiError
 
         found = self._with_retries(
             lambda: dict(self._client.indices.get(index=self._index, ignore_unavailable=True, allow_no_indices=True))
         )
-        if {name: index["settings"]["index"]["uuid"] for name, index in found.items()} == {
-            self._concrete_index: self._uuid
-        }:
+        uuids = {name: index["settings"]["index"]["uuid"] for name, index in found.items()}
+        if uuids == {self._concrete_index: self._uuid}:
             return
-        for name, index in found.items():
-            if META_KEY in index["mappings"].get("_meta", {}):
-                raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+        if found and not (self._index in found and _is_guessed(found[self._index]["mappings"])):
+            raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+        if found:
             try:
-                self._client.indices.delete(index=name)
+                self._client.indices.delete(index=self._index)
             except ApiError:
                 raise ImageSearchError(
-                    f"The index {self._index} was deleted during the run, and Elasticsearch made a new one from"
-                    " what this run wrote, with a mapping of its own. Delete it, then run the command again."
+                    f"The index {self._index} was deleted during the run, and Elasticsearch created another one from"
+                    " what this run wrote, with a guessed mapping. Delete it, then run the command again."
                 ) from None
-        raise deleted_index_error(self._connection)
+        raise deleted_index_error(self._index)
 
     def _with_retries(self, function: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
         """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded.
@@ -389,7 +402,7 @@ class ElasticsearchIndex:
             try:
                 return function()
             except (ApiError, TransportError) as error:
-                raise translate_error(error, self._connection) from None
+                raise translate_error(error, self._connection, self._index) from None
 
         return (retry or self._retry).call("Elasticsearch", attempt)
 
@@ -409,6 +422,15 @@ def _read_metadata(index: str, mappings: dict[str, Any]) -> IndexMetadata:
             " Use --index with another name, or delete the index and run create.py again."
         )
     return metadata
+
+
+def _is_guessed(mappings: dict[str, Any]) -> bool:
+    """Returns True for a mapping that Elasticsearch has guessed from our documents."""
+    return (
+        "dynamic" not in mappings
+        and "_meta" not in mappings
+        and mappings.get("properties", {}).keys() <= PROPERTIES.keys()
+    )
 
 
 def _bulk_action(index: str, item: Document | MetadataUpdate) -> list[bytes]:

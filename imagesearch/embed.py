@@ -12,7 +12,7 @@ import numpy as np
 from imagesearch.copies import Embedding, FindEmbeddings, KnownEmbeddings
 from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate
 from imagesearch.errors import ImageSearchError, describe_error
-from imagesearch.images import OnError, read_image
+from imagesearch.images import OnError, open_rgb
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered
 from imagesearch.sources import Source
@@ -31,7 +31,7 @@ class _Unreadable:
 
 
 def embed_images(
-    candidates: Iterable[tuple[ImageFile, FileMetadata | None]],
+    changed: Iterable[tuple[ImageFile, FileMetadata | None]],
     source: Source,
     model: Model,
     find_embeddings: FindEmbeddings,
@@ -39,9 +39,9 @@ def embed_images(
 ) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order.
 
-    A candidate is an image and what the index holds of it. The embedding of content that is in the
-    index already, or was embedded a moment ago, is copied. `on_error` is told of each image that
-    cannot be read. Memory is bounded, however many the images.
+    `changed` has each image with what the index holds of it, None for a new one. The embedding of
+    content that is in the index, or was embedded a moment ago, is copied. `on_error` is called for
+    each image that cannot be read. Memory is bounded, however many images there are.
     """
     cpus = available_cpus()
     with (
@@ -51,9 +51,9 @@ def embed_images(
     ):
 
         def embed_one(
-            candidate: tuple[ImageFile, FileMetadata | None],
+            item: tuple[ImageFile, FileMetadata | None],
         ) -> tuple[ImageFile, Document | MetadataUpdate | _Unreadable]:
-            image, indexed = candidate
+            image, indexed = item
             try:
                 with source.open_image(image) as (image, stream):
                     sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -61,12 +61,12 @@ def embed_images(
                         return image, MetadataUpdate(image)
                     embedding, is_copy = known.get(sha256, lambda: embedders.submit(_embed, stream, model).result())
                     return image, Document(image, sha256, embedding, indexed is not None, is_copy)
-            except ImageSearchError:  # the source is away for good: the run ends
+            except ImageSearchError:  # the source stays unreachable: the run ends
                 raise
             except Exception as error:  # Pillow raises nearly anything for a damaged file
                 return image, _Unreadable(describe_error(error))
 
-        for image, result in map_buffered(readers, embed_one, candidates, BUFFER_PER_CPU * cpus):
+        for image, result in map_buffered(readers, embed_one, changed, BUFFER_PER_CPU * cpus):
             if isinstance(result, _Unreadable):
                 on_error(image.file_path, result.reason)
             else:
@@ -97,7 +97,9 @@ def _reader_count(cpus: int) -> int:
 def _embed(stream: BinaryIO, model: Model) -> Embedding:
     """Returns the embedding of the image in `stream`. Raises ValueError if the model gives none that is usable."""
     stream.seek(0)
-    embedding = model.embed(model.preprocess(read_image(stream)))
+    with open_rgb(stream) as image:
+        pixels = model.preprocess(image)
+    embedding = model.embed(pixels)
     with np.errstate(over="ignore"):
         length = np.sqrt(np.dot(embedding, embedding))
     if not (np.isfinite(length) and length > 0):

@@ -8,7 +8,7 @@ class ImageSearchError(Exception):
 
 
 class UsageError(ImageSearchError):
-    """Wrong usage or configuration: the message names the remedy. Exit code 2."""
+    """Wrong usage or configuration: the message says how to fix it. Exit code 2."""
 
     exit_code = 2
 

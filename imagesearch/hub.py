@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from imagesearch.cache import model_sha256
+from imagesearch.cache import file_sha256, model_sha256
 from imagesearch.errors import UsageError
 
 REPOSITORY, FILE_NAME = "minimaxir/imgbeddings", "patch32_v1.onnx"
@@ -18,7 +18,7 @@ def clip_path() -> Path:
     path = _cached_path() or _download()
     # The cache keeps a large file under its SHA-256, with a link to it; our hash of it is remembered.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-    if len(expected) == 64 and model_sha256(path) != expected:
+    if len(expected) == 64 and model_sha256(path) != expected and file_sha256(path) != expected:
         path.resolve().unlink()
         raise UsageError("The downloaded CLIP model is damaged, and was deleted: run the command again.")
     return path

@@ -1,8 +1,9 @@
 """What an image file is, and decoding one to 8-bit RGB."""
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -32,16 +33,16 @@ MAX_FULL_SCALE_PIXELS = 1 << 25
 # Peak memory of decoding, measured with Pillow 12; for other formats it is that of the decoded image.
 DECODING_BYTES_PER_PIXEL = {"JPEG2000": 20, "WEBP": 17, "AVIF": 10, "HEIF": 10, "DDS": 9, "QOI": 8, "SGI": 7}
 
-# For all images that are being decoded together; the largest that Pillow accepts (179 megapixels) fits in it as RGBA.
-MAX_DECODING_BYTES = 720_000_000
+# For all images that are in use together, so that a run stays below 1 GB: 150 megapixels of RGBA, for example.
+MAX_DECODING_BYTES = 600_000_000
 
 STRIP_PIXELS = 1 << 22
 
 MAX_CONTENT_BYTES = 200_000_000  # of an image that is not a local file
 MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together
 
-OnSkip = Callable[[str], None]  # is told the kind of each file that is not an image: ".txt", "hidden", …
-OnError = Callable[[str, str], None]  # is told the path of each image that cannot be read, and the reason
+OnSkip = Callable[[str], None]  # called with the kind of each file that is not an image: ".txt", "hidden", …
+OnError = Callable[[str, str], None]  # called with the path of each image that cannot be read, and the reason
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
@@ -71,16 +72,17 @@ def check_size(size_bytes: int) -> None:
         raise ValueError(f"more than {MAX_CONTENT_BYTES // 1_000_000} MB")
 
 
-def read_image(stream: BinaryIO) -> Image.Image:
-    """Returns the image in `stream` as 8-bit RGB, rotated as its EXIF orientation says.
+@contextlib.contextmanager
+def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
+    """Yields the image in `stream` as 8-bit RGB, rotated as its EXIF orientation says.
 
     JPEGs much larger than the model's 224 pixels are decoded at reduced scale, and images of more than
-    33 megapixels are reduced. Transparent parts become white, greyscale of more than 8 bits is scaled
+    33 megapixels are reduced. Transparent parts become white, grayscale of more than 8 bits is scaled
     to 8, and an animation gives its first frame.
 
-    Waits while other threads decode so much that the memory would exceed MAX_DECODING_BYTES. Raises
-    ValueError for an image that needs more than that alone, and whatever Pillow raises for a damaged
-    file, most often OSError, SyntaxError or ValueError.
+    Waits while other threads use so many images that the memory would exceed MAX_DECODING_BYTES: it is
+    reserved until the block ends. Raises ValueError for an image that needs more than that alone, and
+    whatever Pillow raises for a damaged file, most often OSError, SyntaxError or ValueError.
     """
     image = Image.open(stream, formats=FORMATS)
     full_size = image.size
@@ -96,7 +98,14 @@ def read_image(stream: BinaryIO) -> Image.Image:
         image.load()
         rgb = to_rgb(image)
         transpose = _TRANSPOSE.get(_exif_orientation(image))
-        return rgb if transpose is None else rgb.transpose(transpose)
+        del image
+        yield rgb if transpose is None else rgb.transpose(transpose)
+
+
+def read_image(stream: BinaryIO) -> Image.Image:
+    """Returns the image in `stream`; see `open_rgb`, which also reserves memory as long as it is used."""
+    with open_rgb(stream) as image:
+        return image
 
 
 def _decoding_bytes(image: Image.Image, full_size: tuple[int, int]) -> int:
@@ -143,12 +152,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Returns True for greyscale of more than 8 bits."""
+    """Returns True for grayscale of more than 8 bits."""
     return image.mode.startswith("I;16") or image.mode in ("I", "F")
 
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
-    """Returns the values of a deep greyscale image that become black and white.
+    """Returns the values of a deep grayscale image that become black and white.
 
     Integers within 16 bits keep their full scale, and floats within 0…1 theirs. For any other range
     no white is agreed on, so the image's own minimum and maximum are used.
@@ -169,5 +178,5 @@ def _finite(values: NDArray[np.generic]) -> NDArray[np.float64]:
 
 
 def to_uint8(values: NDArray[np.generic], low: float, high: float) -> NDArray[np.uint8]:
-    """Returns greyscale values scaled so that `low` becomes 0 and `high` 255."""
+    """Returns grayscale values scaled so that `low` becomes 0 and `high` 255."""
     return ((_finite(values) - low) * (255 / ((high - low) or 1)) + 0.5).astype(np.uint8)

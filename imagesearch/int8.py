@@ -1,6 +1,6 @@
 """The same model, faster: int8 weights in place of uint8, bit-identical.
 
-imgbeddings' model is dynamically quantized with uint8 weights. Onnx Runtime multiplies uint8 by int8 with the
+imgbeddings' model is dynamically quantized with uint8 weights. ONNX Runtime multiplies uint8 by int8 with the
 CPU's dot-product instructions (VNNI, AMX, Arm's), uint8 by uint8 without them. Subtracting 128 from a weight
 and its zero point leaves their difference, and so every product, the same integer.
 
@@ -24,10 +24,10 @@ REWRITE_VERSION = 2  # raise it if the rewrite changes
 
 
 def int8_model_path(path: Path, sha256: str) -> Path:
-    """Returns the path of the rewritten model, or `path` itself if the rewrite does not fit or this CPU is not exact.
+    """Returns the rewritten model's path, or `path` if it cannot be rewritten or this CPU's kernel is inexact.
 
     The rewritten model is kept in the cache folder under `sha256`, the hash of the model in `path`, and
-    the version of Onnx Runtime; an empty file there records that the rewrite does not fit.
+    the version of ONNX Runtime; an empty file there records that the rewrite does not fit.
     """
     rewritten = cache_folder() / f"{sha256}.int8-{REWRITE_VERSION}.{onnxruntime.__version__}.onnx"
     probe = cache_folder() / PROBE_NAME
@@ -42,7 +42,7 @@ def int8_model_path(path: Path, sha256: str) -> Path:
                 if temporary.stat().st_size:
                     _optimize(temporary)
         fits = rewritten.stat().st_size > 0
-    except Exception:  # the cache folder cannot be written to, or is full, for which Onnx Runtime has its own errors
+    except Exception:  # the cache folder cannot be written to, or is full, for which ONNX Runtime has its own errors
         return path
     return rewritten if fits and multiplies_exactly(probe) else path
 
@@ -198,7 +198,7 @@ def write_probe(target: Path) -> None:
 
 
 def multiplies_exactly(probe: Path) -> bool:
-    """Returns True if Onnx Runtime's kernel for uint8 × int8 is exact on this CPU, for one row and for several."""
+    """Returns True if ONNX Runtime's kernel for uint8 × int8 is exact on this CPU, for one row and for several."""
     exact = LEFT.astype(np.int32) @ RIGHT.astype(np.int32)
     with contextlib.suppress(Exception):  # a damaged probe proves nothing
         session = onnxruntime.InferenceSession(str(probe), providers=["CPUExecutionProvider"])

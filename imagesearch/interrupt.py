@@ -1,4 +1,4 @@
-"""Ends a run in order at Ctrl-C or SIGTERM."""
+"""Stops a run cleanly at Ctrl-C or SIGTERM."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 class Interrupt:
-    """Ends a run in order at the first Ctrl-C (SIGINT) or SIGTERM, immediately at the second.
+    """Stops a run cleanly at the first Ctrl-C (SIGINT) or SIGTERM, immediately at the second.
 
     `signal` is the signal's number, 0 before there was one.
     """

@@ -12,7 +12,7 @@ from imagesearch.documents import DIMENSIONS, ModelInfo
 from imagesearch.errors import UsageError
 from imagesearch.paths import path_from_text, path_to_text, quote_path
 
-BUILT_IN = ("clip", "thumbnail")
+MODEL_NAMES = ("clip", "thumbnail")
 
 
 class Model(Protocol):
@@ -23,7 +23,7 @@ class Model(Protocol):
         """What an index records about the model."""
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        """Returns an 8-bit RGB image as the array that `embed` takes."""
+        """Returns an 8-bit RGB image as the array that `embed` takes; its shape is the model's own."""
 
     def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the embedding, shape (768,), of an array from `preprocess`."""
@@ -48,11 +48,11 @@ class Thumbnail:
 def load_model(name: str, threads: int) -> Model:
     """Returns the model that ``--model`` names: ``clip`` (downloaded once), ``thumbnail``, or an ONNX file.
 
-    `threads` work on one image. Raises UsageError if the model cannot be loaded.
+    `threads` is the number of threads that work on one image. Raises UsageError if the model cannot be loaded.
     """
     if name == "thumbnail":
         return Thumbnail()
-    from imagesearch.clip import load_onnx  # Onnx Runtime takes a tenth of a second to import
+    from imagesearch.clip import load_onnx  # ONNX Runtime takes a tenth of a second to import
 
     if name == "clip":
         from imagesearch.hub import clip_path
@@ -69,10 +69,12 @@ def load_index_model(info: ModelInfo, name: str | None, threads: int) -> Model:
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
     """
+    if name in MODEL_NAMES and info.model in MODEL_NAMES and name != info.model:
+        check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:
         model = load_model(name or path_from_text(info.model), threads)
     except UsageError as error:
-        if name or info.model in BUILT_IN:
+        if name or info.model in MODEL_NAMES:
             raise
         raise UsageError(
             f"The index was made with the model {quote_path(info.model)}: use --model FILE to say where it is now."

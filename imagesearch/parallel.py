@@ -22,8 +22,17 @@ def map_buffered(
     ``Executor.map`` has a `buffersize` of its own from Python 3.14 on.
     """
     pending: deque[Future[Result]] = deque()
+    error: Exception | None = None
+    iterator = iter(items)
     try:
-        for item in items:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            except Exception as of_items:  # what was submitted before is still yielded
+                error = of_items
+                break
             pending.append(executor.submit(function, item))
             if len(pending) >= buffersize:
                 yield pending.popleft().result()
@@ -32,6 +41,8 @@ def map_buffered(
     finally:  # the consumer may stop early
         for future in pending:
             future.cancel()
+    if error:
+        raise error
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-from urllib.parse import urlsplit
 
 BUCKET_URL = re.compile(r"(s3|gs|az)://")
 HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
@@ -50,11 +49,24 @@ def file_path_to_local(file_path: str, folder: str) -> str:
     return path_from_text(os.path.normpath(os.path.join(folder, file_path)))
 
 
+def index_folder(recorded: str | None) -> str:
+    """Returns the folder, absolute, that an index's relative paths are relative to.
+
+    It is the one that the index has recorded, as text. Without one, or if it does not exist (it was moved,
+    or the index was created on another machine), it is the working directory.
+    """
+    folder = path_from_text(recorded) if recorded else ""
+    return folder if os.path.isdir(folder) else os.path.realpath(os.curdir)
+
+
 def query_name(query: str) -> str:
     """Returns an image to search for as messages name it: a URL without credentials, in its user or query part."""
     if query == "-":
         return "standard input"
     if not HTTP_URL.match(query):
         return query
-    url = urlsplit(query)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    scheme, _, rest = query.partition("://")
+    credentials, at, host_and_path = rest.rpartition("@")
+    if at and re.search("[/?#]", credentials):  # nobody knows where such a password ends
+        return f"{scheme}://…"
+    return f"{scheme}://{re.split('[?#]', host_and_path)[0]}"

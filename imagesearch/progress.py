@@ -13,6 +13,7 @@ from imagesearch.documents import Document, MetadataUpdate
 from imagesearch.paths import quote_path
 
 UNREADABLE_SHOWN = 20
+KINDS_SHOWN = 10  # of skipped files
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 ESTIMATE_AFTER_SECONDS = 3  # of embedding, before a rate is shown
 WIDE_COLUMNS = 80  # a terminal at least this wide shows a bar
@@ -77,8 +78,13 @@ class Progress:
             self.say("More files cannot be read; they are only counted.")
         self._update()
 
+    def start_embedding(self) -> None:
+        """Starts the clock of the embedding rate, the first time it is called."""
+        if self._embedding_started is None:
+            self._embedding_started = time.monotonic()
+
     def count_unchanged(self) -> None:
-        """Counts an image that the index holds as it is."""
+        """Counts an unchanged image."""
         self.unchanged += 1
         self._update()
 
@@ -90,8 +96,6 @@ class Progress:
             self.updated += item.is_update
             self.new += not item.is_update
             self.copied += item.is_copy
-            if self._embedding_started is None:
-                self._embedding_started = time.monotonic()
         self._update()
 
     @property
@@ -126,7 +130,11 @@ class Progress:
         embedded = self.new + self.updated - self.copied
         rate = f" ({embedded / seconds:.1f} images/s embedded)" if embedded else ""
         copied = f" ({self.copied:,} copied from images with the same content)" if self.copied else ""
-        skipped = ", ".join(f"{number:,} {kind}" for kind, number in self._skipped.most_common())
+        shown = self._skipped.most_common(KINDS_SHOWN)
+        kinds = [f"{number:,} {kind if ' ' in kind else quote_path(kind)}" for kind, number in shown]
+        if others := self._skipped.total() - sum(number for _, number in shown):
+            kinds.append(f"{others:,} others")
+        skipped = ", ".join(kinds)
         return (
             f"{self.new:,} new, {self.updated:,} updated{copied}, {self.unchanged:,} unchanged,"
             f" {self.deleted:,} deleted, {self.unreadable:,} unreadable in {seconds:.1f} s{rate}"

@@ -17,9 +17,9 @@ SAMPLE_SIZE = 20  # images whose content tells whether the source is the one tha
 IsSelected = Callable[[str], bool]  # True for the ids that this run is responsible for
 
 
-def prune(index: Index, source: Source, is_selected: IsSelected) -> int:
-    """Deletes the documents below `source` whose files are gone; returns the number deleted."""
-    return sum(index.delete(ids) for _, ids in _find_gone(index, source, is_selected))
+def prune(index: Index, source: Source, is_selected: IsSelected) -> Iterator[int]:
+    """Deletes the documents below `source` whose files are gone; yields the number deleted, page by page."""
+    return (index.delete(ids) for _, ids in _find_gone(index, source, is_selected))
 
 
 def check_prune(index: Index, source: Source) -> None:
@@ -37,7 +37,7 @@ def check_prune(index: Index, source: Source) -> None:
         images = sum(1 for _ in source.find_images(lambda kind: None, lambda path, reason: None))
         raise UsageError(
             f"--prune would delete all {total:,} documents below {quote_path(source.name)}: none of their files is"
-            f" there, and its {images:,} images are all new. If that is intended, use --prune-all."
+            f" there, and its {images:,} images look new. If that is intended, use --prune-all."
         )
 
 

@@ -17,11 +17,11 @@ from urllib.parse import quote
 from imagesearch.cache import atomic_write
 from imagesearch.documents import FileMetadata
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
-from imagesearch.images import image_extensions, read_image
+from imagesearch.images import image_extensions, open_rgb
 from imagesearch.index import Index
 from imagesearch.parallel import available_cpus
 from imagesearch.paths import BUCKET_URL, file_path_to_local, path_to_text, query_name, quote_path
-from imagesearch.sources import open_query
+from imagesearch.sources import open_indexed, open_query
 
 THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
 THUMBNAIL_QUALITY = 75
@@ -193,11 +193,9 @@ class Page:
         in_bucket = BUCKET_URL.match(file_path)
         path = file_path if in_bucket else file_path_to_local(file_path, self._folder)
         try:
-            if not in_bucket:
-                status = os.stat(path)
-                if indexed and (status.st_size, status.st_mtime_ns) != (indexed.size, indexed.mtime):
+            with open_indexed(path) as (size, mtime, stream):
+                if indexed and (size, mtime) != (indexed.size, indexed.mtime):
                     return f'<div class="missing">{name} has changed since it was indexed</div>'
-            with open_query(path) as stream:
                 picture = _image_element(thumbnail(stream), name)
         except FileNotFoundError:
             return f'<div class="missing">{name} is gone</div>'
@@ -217,10 +215,10 @@ def _image_element(webp: bytes, name: str) -> str:
 
 def thumbnail(stream: BinaryIO) -> bytes:
     """Returns the image in `stream` as a WebP of at most 320 pixels a side."""
-    image = read_image(stream)
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     webp = io.BytesIO()
-    image.save(webp, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
+    with open_rgb(stream) as image:
+        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        image.save(webp, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
     return webp.getvalue()
 
 

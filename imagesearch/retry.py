@@ -32,8 +32,8 @@ def _sleep(seconds: float) -> bool:
 class RetryPolicy:
     """How long to retry, how to wait, and whom to tell.
 
-    `sleep` waits for a number of seconds and returns False if the run is to end instead.
-    `on_retry` is told the reason and the delay in seconds.
+    `sleep` waits for a number of seconds and returns False if the run was interrupted.
+    `on_retry` is called with the reason and the delay in seconds.
     """
 
     timeout_seconds: float = 0
@@ -43,7 +43,7 @@ class RetryPolicy:
     def call(self, service: str, function: Callable[[], Result]) -> Result:
         """Returns ``function()``, repeated while it raises RetryableError.
 
-        Raises ImageSearchError if that lasts longer than the timeout, or the run is to end.
+        Raises ImageSearchError if that lasts longer than the timeout, or the run was interrupted.
         """
         started, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
         while True:
@@ -59,7 +59,7 @@ class RetryPolicy:
                 self.on_retry(reason, delay)
             if delay <= 0 or not self.sleep(delay):
                 raise ImageSearchError(
-                    f"{service} could not be reached for {waited:.0f} s: {reason}."
+                    f"{service} did not recover within {waited:.0f} s: {reason}."
                     " Run the command again to continue from here."
                 )
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)

@@ -157,10 +157,25 @@ def _open_file(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
+@contextlib.contextmanager
+def open_indexed(location: str) -> Iterator[tuple[int, int, BinaryIO]]:
+    """Yields size in bytes, mtime in nanoseconds and content of an indexed image: a path or an object's URL."""
+    if BUCKET_URL.match(location):
+        from imagesearch.bucket import open_object
+
+        with open_object(location, NO_RETRY) as found:
+            yield found
+    else:
+        with _open_file(location) as stream:
+            status = os.fstat(stream.fileno())
+            yield status.st_size, _mtime(status), stream
+
+
 def open_query(query: str) -> AbstractContextManager[BinaryIO]:
     """Returns a context with the content of a file, an object in a bucket, a URL, or standard input (``-``).
 
-    Raises OSError or ValueError if it cannot be read, takes longer than 30 seconds, or has more than 200 MB.
+    Raises OSError, ValueError or ImageSearchError if it cannot be read or, if it is not a file, has more than
+    200 MB or takes longer than 30 seconds.
     """
     if query == "-":
         return _open_stdin()
@@ -169,10 +184,14 @@ def open_query(query: str) -> AbstractContextManager[BinaryIO]:
 
         return open_url(query)
     if BUCKET_URL.match(query):
-        from imagesearch.bucket import open_object
-
-        return open_object(query, NO_RETRY)
+        return _open_object(query)
     return _open_file(query)
+
+
+@contextlib.contextmanager
+def _open_object(url: str) -> Iterator[BinaryIO]:
+    with open_indexed(url) as (_, _, stream):
+        yield stream
 
 
 @contextlib.contextmanager

@@ -29,6 +29,11 @@ ROLES = {
     "searcher": ["read", "view_index_metadata"],
     "reader": ["read"],
 }
+FEWER = {
+    f"{role}-without-{privilege}": [other for other in ROLES[role] if other != privilege]
+    for role in ("creator", "searcher")
+    for privilege in ROLES[role]
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def server() -> Iterator[Server]:
     if url := os.environ.get("TEST_ES_URL"):
         yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    with cluster(1, roles=ROLES) as node:
-        yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES})
+    with cluster(1, roles=ROLES | FEWER) as node:
+        yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES | FEWER})
 
 
 @pytest.fixture(scope="session")

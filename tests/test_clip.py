@@ -203,7 +203,7 @@ def test_external_data_is_part_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"files": [], "sha256": 7}', "0" * 64])
-def test_a_damaged_cache_does_not_condemn_a_good_model(content: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_does_not_reject_a_good_model(content: str, tmp_path: Path) -> None:
     path = averaging_model(tmp_path / "model.onnx")
     sha256 = model_sha256(path)
     for remembered in cache_folder().glob("*.sha256"):

@@ -47,7 +47,7 @@ def test_several_nodes_share_their_credentials() -> None:
         "https://u:hunter2@one:1,http://u:hunter2@two:2",
     ],
 )
-def test_what_cannot_be_an_address_is_said_in_one_line_without_the_password(url: str) -> None:
+def test_what_cannot_be_an_address_is_reported_in_one_line_without_the_password(url: str) -> None:
     with pytest.raises(UsageError) as error:
         connect(url)
     assert "ES_URL" in str(error.value)

@@ -102,7 +102,7 @@ def test_another_index_is_never_a_source(counting: Scripts, picture: Picture) ->
     assert calls(counting) == 2
 
 
-def test_a_document_that_is_gone_by_now_is_no_source(scripts: Scripts, tmp_path: Path) -> None:
+def test_a_deleted_document_is_not_copied_from(scripts: Scripts, tmp_path: Path) -> None:
     """Another run's prune deletes it before it is looked up: then nothing is found, and the image is embedded."""
     index: Index = open_index(scripts.index, Connection.from_env(scripts.environment), tmp_path / "x.db")
     with index:

@@ -41,7 +41,7 @@ def test_a_mistyped_class_names_the_nearest(scripts: Scripts, picture: Picture) 
     scripts.create()
     done = scripts.run("search.py", "images/Osprey/2.png", "--desc", "bald_eagel")
     assert done.returncode == 0
-    nearest = "has no image of class bald_eagel; the nearest of its 3 classes: Bald_Eagle"
+    nearest = "has no image of class bald_eagel among its 3 classes; did you mean Bald_Eagle"
     assert f"The index {scripts.index} {nearest}" in done.stderr
 
 

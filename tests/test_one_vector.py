@@ -1,11 +1,11 @@
-"""One picture, one vector: an embedding follows from the picture alone, to the last bit.
+"""One picture, one vector: an embedding depends on the picture alone, to the last bit.
 
 The model is one of CLIP's shape with outlier channels, with which an embedding made in a batch
 would differ (tests/test_int8.py shows that it does).
 """
 
 import hashlib
-import signal
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from imagesearch.connection import Connection
 from imagesearch.index import open_index
 from tests.clip_model import build
 from tests.conftest import Scripts
-from tests.test_faults import wait_until
+from tests.server import ROOT
 from tests.test_scripts import counts
 
 COUNT = 24
@@ -102,15 +102,30 @@ def test_parts_in_any_order_make_the_same_vectors(
     assert_equal(stored(scripts, expected), expected)
 
 
+# Small bulks, and Ctrl-C when the model has been called ten times.
+INTERRUPTING = """
+import os, signal
+import imagesearch.clip as clip, imagesearch.elasticsearch_index as e, imagesearch.embed as m
+import imagesearch.sqlite_index as s
+e.BULK_SIZE = s.TRANSACTION_SIZE = 4
+m.READERS_PER_CPU = m.BUFFER_PER_CPU = 1
+embed, calls = clip.Clip.embed, []
+def interrupting(self, pixels):
+    calls.append(1)
+    if len(calls) == 10:
+        os.kill(os.getpid(), signal.SIGINT)
+    return embed(self, pixels)
+clip.Clip.embed = interrupting
+"""
+
+
 def test_an_interrupted_and_resumed_run_makes_the_same_vectors(
-    scripts: Scripts, run: Callable[..., str], model: Path, expected: Expected
+    scripts: Scripts, run: Callable[..., str], tmp_path: Path, expected: Expected
 ) -> None:
-    process = scripts.start("create.py", "--model", model, "--db", scripts.environment["DB"])
-    log = Path(scripts.environment["DB"])
-    wait_until(lambda: process.poll() is not None or log.exists() or "ES_URL" in scripts.environment)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    run()
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    written = counts(run(code=130, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])))["new"]
+    assert 0 < written < COUNT
+    assert counts(run()) == {"new": COUNT - written, "unchanged": written}
     assert_equal(stored(scripts, expected), expected)
 
 

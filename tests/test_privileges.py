@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imagesearch.elasticsearch_errors import PRIVILEGES_HINT
-from tests.conftest import ROLES, Picture, Scripts, Server
+from tests.conftest import FEWER, ROLES, Picture, Scripts, Server
 from tests.server import ROOT
 from tests.test_scripts import counts
 
@@ -53,8 +53,22 @@ def test_with_fewer_privileges_the_message_names_those_that_are_missing(
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "denied access (HTTP 403)" in done.stderr and PRIVILEGES_HINT in done.stderr
     picture("images/b.png")
-    stderr = elastic.create(code=1, **as_role["searcher"])
+    stderr = elastic.create(code=2, **as_role["searcher"])
     assert "security_exception" in stderr and PRIVILEGES_HINT in stderr
+
+
+@pytest.mark.parametrize("role", sorted(FEWER))
+def test_each_of_the_privileges_is_needed(
+    role: str, as_role: dict[str, Any], elastic: Scripts, picture: Picture
+) -> None:
+    path = picture("images/a.png")
+    if role.startswith("creator"):
+        done = elastic.run("create.py", "--model", "thumbnail", "--prune", **as_role[role])
+    else:
+        elastic.create()
+        done = elastic.run("search.py", path, **as_role[role])
+    assert done.returncode == 2, done.stderr
+    assert PRIVILEGES_HINT in done.stderr
 
 
 def test_messages_and_readme_name_just_these() -> None:

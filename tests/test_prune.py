@@ -35,7 +35,7 @@ def test_another_folder_of_the_same_name_prunes_nothing(scripts: Scripts, pictur
     picture("other/images/new.png")
     scripts.folder = other
     stderr = scripts.create("--prune", "--db", home / "shared.db", code=2)
-    assert f"The relative paths in the index {scripts.index} belong to {home}" in stderr
+    assert f"The paths in the index {scripts.index} are relative to {home}" in stderr
     assert counts(scripts.create("--db", home / "shared.db")) == {"new": 1}  # under its own name
     assert counts(scripts.create("--db", home / "shared.db", "--images", other / "images", "--prune")) == {
         "unchanged": 1
@@ -52,7 +52,7 @@ def test_the_same_path_with_other_images_prunes_nothing(scripts: Scripts, pictur
     for number in range(3):
         picture(f"images/{number}-new.png", seed=100 + number)
     stderr = scripts.create("--prune", code=2)
-    assert "delete all 6 documents" in stderr and "its 3 images are all new" in stderr
+    assert "delete all 6 documents" in stderr and "its 3 images look new" in stderr
     assert counts(scripts.create("--prune-all")) == {"new": 3, "deleted": 6}
 
 
@@ -71,7 +71,7 @@ def test_a_folder_has_one_name_from_everywhere(scripts: Scripts, picture: Pictur
         assert counts(scripts.create("--db", database, "--images", given)) == {"unchanged": 6}, given
     scripts.folder /= "images"
     assert counts(scripts.create("--db", database, "--images", ".")) == {"unchanged": 6}
-    assert "belong to" in scripts.create("--db", database, "--images", ".", "--prune", code=2)
+    assert "are relative to" in scripts.create("--db", database, "--images", ".", "--prune", code=2)
     assert counts(scripts.create("--db", database, "--images", scripts.folder, "--prune")) == {"unchanged": 6}
     scripts.folder = scripts.folder.parent
     hits = scripts.search("images/0/0.png", "-k", 100, "--db", database)[0]["hits"]["hits"]
@@ -86,3 +86,18 @@ def test_a_renamed_folder_is_copied_and_pruned(scripts: Scripts, picture: Pictur
     os.rename(scripts.folder / "images" / "1", scripts.folder / "images" / "one")
     assert counts(scripts.create("--prune")) == {"new": 3, "copied": 3, "unchanged": 3, "deleted": 3}
     assert len(scripts.paths()) == 6
+
+
+def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, picture: Picture) -> None:
+    home = scripts.folder
+    images(picture)
+    scripts.folder = home / "project"
+    scripts.folder.mkdir()
+    (home / "images").rename(scripts.folder / "images")
+    scripts.create()
+    (home / "project").rename(home / "moved")
+    scripts.folder = home / "moved"
+    (scripts.folder / "images" / "0" / "0.png").unlink()
+    assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
+    scripts.search("images/1/1.png", "-k", 5, "--html", "page.html")
+    assert (scripts.folder / "page.html").read_text().count("<img") == 6

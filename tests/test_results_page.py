@@ -226,7 +226,7 @@ def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Pictu
     assert "--html missing/results.html: the file is in a folder that does not exist" in done.stderr
 
 
-def test_a_reader_who_goes_is_no_traceback(local: Scripts, picture: Picture) -> None:
+def test_a_closed_pipe_gives_no_traceback(local: Scripts, picture: Picture) -> None:
     path = picture("images/a.png")
     local.create()
     script = f"{sys.executable} {ROOT / 'search.py'} --index {local.index} {path} {path} {path} | head -c 1; echo"

@@ -176,6 +176,18 @@ def test_a_run_keeps_to_the_index_whose_model_it_has(elastic: Scripts, server: S
         with pytest.raises(ImageSearchError, match=moved):
             list(index.write([Document(image, "0" * 64, embedding)]))
         assert index.search(embedding, 1)["hits"]["hits"][0]["_index"] == second  # the same model: tried once more
+    foreign = f"{elastic.index}-foreign"
+    server.request("PUT", foreign, {"mappings": {"properties": {"title": {"type": "text"}}}})
+    with ElasticsearchIndex(connection, name, NO_RETRY) as index:
+        assert index.get_metadata()
+        switch = [{"remove": {"index": second, "alias": name}}, {"add": {"index": foreign, "alias": name}}]
+        server.request("POST", "_aliases", {"actions": switch})
+        written: list[object] = []
+        with pytest.raises(ImageSearchError, match=moved):
+            written.extend(index.write([Document(image, "0" * 64, embedding)]))
+        assert written == []  # it is stored in no index of ours
+        assert list(server.request("GET", foreign)) == [foreign]  # and that one is left alone
+    server.request("DELETE", foreign)
     with ElasticsearchIndex(connection, first, NO_RETRY) as index:
         assert index.get_metadata()
         switch = [{"remove_index": {"index": first}}, {"add": {"index": second, "alias": first}}]

@@ -399,7 +399,7 @@ def test_an_api_key_stands_for_the_password(elastic: Scripts, birds: list[Path],
     assert elastic.search(birds[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
 
 
-class Door(http.server.BaseHTTPRequestHandler):
+class RecordingServer(http.server.BaseHTTPRequestHandler):
     """Writes down who knocks: no index at a GET, no entry at anything else."""
 
     seen: ClassVar[list[tuple[str, str | None]]] = []
@@ -414,18 +414,25 @@ class Door(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"{}")
 
-    do_GET = do_PUT = do_POST = answer
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
 
     def log_message(self, *_: object) -> None: ...
 
 
 def test_the_api_key_is_sent_by_both_clients(local: Scripts, birds: list[Path]) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RecordingServer) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{door.server_port}"
         stderr = local.create(ES_URL=url, ES_API_KEY="a2V5OmtleQ==", code=2)
         door.shutdown()
-    assert Door.seen == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
+    assert RecordingServer.seen == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
     assert "HTTP 401" in stderr
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from imagesearch.connection import Connection
 from imagesearch.errors import UsageError
+from imagesearch.paths import query_name
 from tests.conftest import Picture, Scripts, averaging_model
 
 PASSWORD = "hunter2&SECRET/marked"
@@ -105,6 +106,13 @@ def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: st
     except UsageError as error:
         shown = str(error)
     assert "SECRET" not in shown
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(["https", "http"]), PIECES, PIECES)
+def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:
+    assert "SECRET" not in query_name(f"{scheme}://admin:{before}SECRET{after}@host/a.png?x=1")
+    assert "SECRET" not in query_name(f"{scheme}://host/a.png?{before}=SECRET{after}")
 
 
 def test_git_has_no_secret_files(tmp_path: Path) -> None:

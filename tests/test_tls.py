@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from imagesearch.connection import Connection
+from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.errors import UsageError
+from imagesearch.retry import NO_RETRY
 from tests.certificates import CA
 from tests.conftest import Picture, Scripts, Server
 from tests.test_scripts import counts
@@ -88,6 +91,11 @@ def test_a_certificate_that_is_refused_is_reported_with_its_reason(
             assert re.search(message, done.stderr), done.stderr
             assert "set ES_CA_CERT" not in done.stderr  # it is set
             assert done.stderr.count("(") == done.stderr.count(")")
+        connection = Connection.from_env(environment)
+        assert connection
+        index = ElasticsearchIndex(connection, "images", NO_RETRY)
+        with index, pytest.raises(UsageError, match=message):
+            index.refresh()  # with the other client, which verifies too
 
 
 def test_a_port_without_tls_is_reported_as_such(local: Scripts, picture: Picture) -> None:

@@ -574,7 +574,7 @@ def table(rows: list[Row], seconds: float) -> str:
     vnni = next((name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if name in flags), "none")
     lines = [
         f"Measured on {available_cpus()} cores of {cpu_name()} (dot-product instructions: {vnni}), Python"
-        f" {platform.python_version()}, Onnx Runtime {onnxruntime.__version__}, in {seconds:.0f} s:",
+        f" {platform.python_version()}, ONNX Runtime {onnxruntime.__version__}, in {seconds:.0f} s:",
         "",
         "| what | figure | target |",
         "| --- | --- | --- |",
