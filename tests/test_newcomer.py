@@ -97,6 +97,7 @@ def test_rate_and_time_left_count_only_what_is_embedded(monkeypatch: pytest.Monk
     for _ in range(90_000):
         progress.count_unchanged()
     clock.now += 1
+    progress.start_embedding()
     progress.count_written(embedded(0))
     assert progress._status() == "90,001/100,000"  # no estimate from a single image
     for number in range(1, 400):
@@ -113,6 +114,7 @@ def test_without_a_terminal_a_line_every_30_seconds(
 ) -> None:
     clock = Clock(monkeypatch)
     progress = Progress()
+    progress.start_embedding()
     for number in range(650):
         clock.now += 0.1
         progress.count_written(embedded(number))
