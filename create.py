@@ -48,7 +48,7 @@ def main() -> int:
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
         check_source(source, index, metadata, arguments)
         metadata, model = prepare_index(index, metadata, arguments.model)
-        source = open_source(arguments.images, index_folder(metadata.folder), retry)
+        source = open_source(arguments.images, index_folder(metadata.folder), retry)  # the folder is recorded now
         with interrupt, progress:
             if progress.is_terminal:
                 progress.start_bar(sum(1 for _ in interrupt.until_interrupted(find_images(source, arguments.part))))

@@ -13,6 +13,7 @@ cli.start()  # before the imports that take long
 import argparse
 import difflib
 import json
+from contextlib import suppress
 from typing import Any
 
 from imagesearch.embed import embed_queries
@@ -98,10 +99,10 @@ def number_of_images(text: str) -> int:
 
 def score(text: str) -> float:
     """Returns the score of --min-score."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("must be a number from 0 to 1")
-    return value
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError("must be a number from 0 to 1")
 
 
 def check_response(response: dict[str, Any], index: Index, arguments: argparse.Namespace) -> int:
@@ -109,11 +110,13 @@ def check_response(response: dict[str, Any], index: Index, arguments: argparse.N
     if response["_shards"]["failed"] or response["timed_out"]:
         cli.say("Warning: some shards failed or timed out; there may be nearer images.")
         return 1
-    if response["hits"]["hits"] or arguments.min_score is not None:
+    if response["hits"]["hits"] or (arguments.desc is None and arguments.min_score is not None):
         return 0
     classes = index.count_classes()
     if not classes:
         raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
+    if arguments.desc in classes:  # with no image that scores enough
+        return 0
     spellings = {name.casefold(): name for name in classes}
     similar = difflib.get_close_matches((arguments.desc or "").casefold(), spellings, cutoff=0.5)
     hint = f"; did you mean {' or '.join(quote_path(spellings[name]) for name in similar)}?" if similar else "."

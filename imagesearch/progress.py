@@ -129,7 +129,7 @@ class Progress:
         seconds = time.monotonic() - self._started
         embedded = self.new + self.updated - self.copied
         rate = f" ({embedded / seconds:.1f} images/s embedded)" if embedded else ""
-        copied = f" ({self.copied:,} copied from images with the same content)" if self.copied else ""
+        copied = f" ({self.copied:,} of them copied from images with the same content)" if self.copied else ""
         shown = self._skipped.most_common(KINDS_SHOWN)
         kinds = [f"{number:,} {kind if ' ' in kind else quote_path(kind)}" for kind, number in shown]
         if others := self._skipped.total() - sum(number for _, number in shown):

@@ -59,7 +59,7 @@ class Server:
 
 
 # Tests that use one of these need a server or a browser, or start many processes.
-SLOW_FIXTURES = {"server", "s3", "three", "fragile", "newest", "browser", "hub", "web", "scripts", "elastic", "many"}
+SLOW_FIXTURES = {"server", "s3", "three", "fragile", "newest", "browser", "hub", "web", "scripts", "local", "many"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -168,6 +168,7 @@ def test_a_download_that_breaks_off_leaves_nothing_to_use(hub: dict[str, str], m
     assert load_in_a_process(hub).stdout.startswith(Hub.promised)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_given_up_in_about_ten_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()

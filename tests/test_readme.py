@@ -123,6 +123,7 @@ def test_the_sql_of_the_local_index_works(local: Scripts) -> None:
     (local.folder / "images" / "Osprey").mkdir(parents=True)
     for seed in range(8):
         image((30, 20), seed).save(local.folder / "images" / "Osprey" / f"{seed}.jpg")
+    local.index = "images"
     local.create()
     text = (ROOT / "docs" / "local-index.md").read_text()
     with contextlib.closing(sqlite3.connect(local.folder / "imagesearch.db")) as database:

@@ -25,7 +25,7 @@ from tests.server import ROOT
 
 COUNTS = re.compile(
     r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated"
-    r"( \((?P<copied>[\d,]+) copied from images with the same content\))?,"
+    r"( \((?P<copied>[\d,]+) of them copied from images with the same content\))?,"
     r" (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted, (?P<unreadable>[\d,]+) unreadable in [\d.]+ s"
     r"( \([\d.]+ images/s embedded\))?(; skipped: (?P<skipped>.+))?$",
     re.MULTILINE,
