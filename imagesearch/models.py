@@ -41,7 +41,7 @@ class Thumbnail:
         return np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
 
     def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        # Centered on mid-grey, so that the cosine tells dark from light; no 8-bit value becomes 0.
+        # Centered on mid-gray, so that the cosine tells dark from light; no 8-bit value becomes 0.
         return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for imgbeddings' model: its exact shape, operators and size, with random weights.
+"""A random-weight model like imgbeddings': its exact shape, operators and size, with random weights.
 
 CLIP's ViT-B/32 vision tower as imgbeddings exports it (its models.py): 12 layers of width 768 with
 12 heads and an MLP of 3072, patches of 32 pixels; the last three hidden states are summed and

@@ -22,7 +22,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP's shape and operators, three layers of it, with random weights."""
     path = tmp_path_factory.mktemp("model") / "clip.onnx"
     build(path, layers=3)
@@ -43,30 +43,30 @@ def require_exact_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_embeddings_are_bit_identical(batch: int, standin: Path, tmp_path: Path) -> None:
+def test_embeddings_are_bit_identical(batch: int, random_clip: Path, tmp_path: Path) -> None:
     require_exact_kernel(tmp_path)
-    rewritten = int8_model_path(standin, "hash")
-    assert rewritten != standin
-    assert np.array_equal(embeddings(rewritten, batch), embeddings(standin, batch))
+    rewritten = int8_model_path(random_clip, "hash")
+    assert rewritten != random_clip
+    assert np.array_equal(embeddings(rewritten, batch), embeddings(random_clip, batch))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_no_bit(threads: int, standin: Path) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int, random_clip: Path) -> None:
     pixels = np.random.default_rng(1).standard_normal((3, 224, 224), np.float32)
-    one, several = (load_model(str(standin), count).embed(pixels) for count in (1, threads))
+    one, several = (load_model(str(random_clip), count).embed(pixels) for count in (1, threads))
     assert np.array_equal(one, several)
 
 
-def test_a_batch_would_make_an_embedding_depend_on_other_images(standin: Path) -> None:
+def test_a_batch_would_make_an_embedding_depend_on_other_images(random_clip: Path) -> None:
     """What `embed` avoids; so the tests of one embedding for one image would notice a batch."""
-    alone, together = embeddings(standin, 1), embeddings(standin, 2)
+    alone, together = embeddings(random_clip, 1), embeddings(random_clip, 2)
     cosines = (alone * together).sum(1) / np.linalg.norm(alone, axis=1) / np.linalg.norm(together, axis=1)
     assert (cosines < 1 - 1e-5).mean() > 0.5
 
 
-def test_every_weight_is_int8_and_means_the_same(standin: Path, tmp_path: Path) -> None:
-    rewrite(standin, tmp_path / "rewritten.onnx")
-    before, after = onnx.load(standin).graph, onnx.load(tmp_path / "rewritten.onnx").graph
+def test_every_weight_is_int8_and_means_the_same(random_clip: Path, tmp_path: Path) -> None:
+    rewrite(random_clip, tmp_path / "rewritten.onnx")
+    before, after = onnx.load(random_clip).graph, onnx.load(tmp_path / "rewritten.onnx").graph
     old, new = ({t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (before, after))
     products = [node for node in after.node if node.op_type == "MatMulInteger"]
     assert len(products) == 19
@@ -98,8 +98,8 @@ def change_convolution(model: onnx.ModelProto, change: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["padding", "stride", "dilation", "group", "input"])
-def test_a_convolution_that_does_not_fit_is_kept(change: str, standin: Path, tmp_path: Path) -> None:
-    model = onnx.load(standin)
+def test_a_convolution_that_does_not_fit_is_kept(change: str, random_clip: Path, tmp_path: Path) -> None:
+    model = onnx.load(random_clip)
     change_convolution(model, change)
     onnx.save(model, tmp_path / "changed.onnx")
     rewrite(tmp_path / "changed.onnx", tmp_path / "rewritten.onnx")
@@ -109,27 +109,27 @@ def test_a_convolution_that_does_not_fit_is_kept(change: str, standin: Path, tmp
     assert sum(node.op_type == "MatMulInteger" for node in after.node) == 18
 
 
-def test_it_is_kept_under_the_originals_hash_and_made_once(standin: Path, tmp_path: Path) -> None:
+def test_it_is_kept_under_the_originals_hash_and_made_once(random_clip: Path, tmp_path: Path) -> None:
     require_exact_kernel(tmp_path)
-    rewritten = int8_model_path(standin, "hash")
+    rewritten = int8_model_path(random_clip, "hash")
     assert rewritten == cache_folder() / f"hash.int8-{int8.REWRITE_VERSION}.{onnxruntime.__version__}.onnx"
     made = rewritten.stat().st_mtime_ns
-    assert int8_model_path(standin, "hash").stat().st_mtime_ns == made
-    assert int8_model_path(standin, "other") != rewritten
+    assert int8_model_path(random_clip, "hash").stat().st_mtime_ns == made
+    assert int8_model_path(random_clip, "other") != rewritten
     assert {path.suffix for path in cache_folder().iterdir()} == {".onnx"}
 
 
-def test_a_rewrite_that_breaks_off_leaves_nothing(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewrite_that_breaks_off_leaves_nothing(random_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_off(original: Path, target: Path) -> None:
         target.write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(int8, "rewrite", break_off)
-    assert int8_model_path(standin, "hash") == standin
+    assert int8_model_path(random_clip, "hash") == random_clip
     assert {path.name for path in cache_folder().iterdir()} == {"probe.onnx"}
 
 
-def test_a_cpu_that_saturates_keeps_the_original(standin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_saturates_keeps_the_original(random_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Saturating:
         """Adds pairs of products in 16 bits, as vpmaddubsw does on a CPU without VNNI."""
 
@@ -141,19 +141,19 @@ def test_a_cpu_that_saturates_keeps_the_original(standin: Path, monkeypatch: pyt
             return [np.clip(pairs, -32768, 32767).sum(axis=1)]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Saturating)
-    assert int8_model_path(standin, "hash") == standin
+    assert int8_model_path(random_clip, "hash") == random_clip
 
 
-def test_a_damaged_probe_proves_nothing(standin: Path) -> None:
-    int8_model_path(standin, "hash")
+def test_a_damaged_probe_proves_nothing(random_clip: Path) -> None:
+    int8_model_path(random_clip, "hash")
     (cache_folder() / "probe.onnx").write_bytes(b"damaged")
-    assert int8_model_path(standin, "hash") == standin
+    assert int8_model_path(random_clip, "hash") == random_clip
 
 
-def test_a_rewritten_model_that_is_damaged_is_made_again(standin: Path, tmp_path: Path) -> None:
+def test_a_rewritten_model_that_is_damaged_is_made_again(random_clip: Path, tmp_path: Path) -> None:
     require_exact_kernel(tmp_path)
     model = tmp_path / "clip.onnx"
-    model.write_bytes(standin.read_bytes())
+    model.write_bytes(random_clip.read_bytes())
     info = load_model(str(model), threads=1).info
     rewritten = int8_model_path(model, info.sha256)
     rewritten.write_bytes(b"damaged")
@@ -170,8 +170,8 @@ def test_a_model_that_does_not_fit_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_without_a_cache_folder_the_original_is_used(
-    standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert int8_model_path(standin, "hash") == standin
+    assert int8_model_path(random_clip, "hash") == random_clip

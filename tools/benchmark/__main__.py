@@ -550,7 +550,7 @@ def cpu_seconds(group: int) -> float:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has ended
             continue
         if int(fields[2]) == group:
             ticks += int(fields[11]) + int(fields[12])
