@@ -4,7 +4,8 @@
     python -m tools.benchmark.tutorial search IMAGE MODEL INDEX
 
 Its dependencies are made to work, which is more than a reader of the tutorial gets. Model and processor,
-with the tokenizer that `imgbeddings()` also loads each time, are random-weight models of CLIP's size (tests/clip_model.py).
+with the tokenizer that `imgbeddings()` also loads each time, have CLIP's size and random weights
+(tests/clip_model.py).
 """
 
 import hashlib
