@@ -71,10 +71,8 @@ class BucketSource:
 
     @contextlib.contextmanager
     def open_image(self, image: ImageFile) -> Iterator[tuple[ImageFile, BinaryIO]]:
-        check_size(image.size)
-        with content_memory.reserve(image.size):
-            meta, content = _read(self._store, self._bucket_url, image.location, self._retry)
-            yield replace(image, size=meta["size"], mtime=_mtime(meta["last_modified"])), io.BytesIO(content)
+        with _open(self._bucket_url, image.location, image.size, self._retry) as (size, mtime, stream):
+            yield replace(image, size=size, mtime=mtime), stream
 
     def find_gone(self, file_paths: Sequence[str]) -> set[str]:
         keys = [file_path.removeprefix(self._bucket_url + "/") for file_path in file_paths]
@@ -90,16 +88,13 @@ class BucketSource:
             return {f"{self._bucket_url}/{key}" for key, is_gone in zip(missing, gone, strict=True) if is_gone}
 
     def _is_gone(self, key: str) -> bool:
-        def head() -> bool:
-            try:
-                _translated(lambda: obstore.head(self._store, key), self._bucket_url)
-            except FileNotFoundError:
-                return True
-            except PermissionError:
-                pass
+        try:
+            _call(lambda: obstore.head(self._store, key), self._bucket_url, self._retry)
+        except FileNotFoundError:
+            return True
+        except PermissionError:  # it may be there
             return False
-
-        return self._retry.call(f"The bucket {self._bucket_url}", head)
+        return False
 
     def _list(self, offset: str | None) -> Iterator[Sequence[Any]]:
         """Yields the metadata of the objects below the prefix, in chunks; after the key `offset`, if given."""
@@ -114,12 +109,9 @@ class BucketSource:
                 stream = None  # the next attempt lists from the last key on
                 raise
 
-        while chunk := self._with_retries(next_chunk):
+        while chunk := _call(next_chunk, self._bucket_url, self._retry):
             yield chunk
             offset = chunk[-1]["path"]
-
-    def _with_retries(self, function: Callable[[], Result]) -> Result:
-        return self._retry.call(f"The bucket {self._bucket_url}", lambda: _translated(function, self._bucket_url))
 
 
 @contextlib.contextmanager
@@ -129,12 +121,9 @@ def open_object(url: str, retry: RetryPolicy) -> Iterator[tuple[int, int, Binary
     Raises OSError or ValueError if it cannot be read, ImageSearchError if the bucket cannot be reached.
     """
     bucket_url, key = _split_url(url)
-    store = _open_store(bucket_url)
-    meta = retry.call(f"The bucket {bucket_url}", lambda: _translated(lambda: obstore.head(store, key), bucket_url))
-    check_size(meta["size"])
-    with content_memory.reserve(meta["size"]):
-        meta, content = _read(store, bucket_url, key, retry)
-        yield meta["size"], _mtime(meta["last_modified"]), io.BytesIO(content)
+    meta = _call(lambda: obstore.head(_open_store(bucket_url), key), bucket_url, retry)
+    with _open(bucket_url, key, meta["size"], retry) as found:
+        yield found
 
 
 def _split_url(url: str) -> tuple[str, str]:
@@ -151,15 +140,24 @@ def _open_store(bucket_url: str) -> Any:
     return _translated(lambda: from_url(bucket_url, retry_config=RETRY_CONFIG), bucket_url)
 
 
-def _read(store: Any, bucket_url: str, key: str, retry: RetryPolicy) -> tuple[Any, bytes]:
-    """Returns an object's metadata and content."""
+@contextlib.contextmanager
+def _open(bucket_url: str, key: str, size: int, retry: RetryPolicy) -> Iterator[tuple[int, int, BinaryIO]]:
+    """Yields size, mtime and content of an object, which had `size` bytes when it was found."""
 
     def get() -> tuple[Any, bytes]:
-        result = obstore.get(store, key)
+        result = obstore.get(_open_store(bucket_url), key)
         check_size(result.meta["size"])
         return result.meta, bytes(result.bytes())
 
-    return retry.call(f"The bucket {bucket_url}", lambda: _translated(get, bucket_url))
+    check_size(size)
+    with content_memory.reserve(size):
+        meta, content = _call(get, bucket_url, retry)
+        yield meta["size"], _mtime(meta["last_modified"]), io.BytesIO(content)
+
+
+def _call(function: Callable[[], Result], bucket_url: str, retry: RetryPolicy) -> Result:
+    """Returns ``function()``, retried, with obstore's errors translated."""
+    return retry.call(f"The bucket {bucket_url}", lambda: _translated(function, bucket_url))
 
 
 def _mtime(last_modified: datetime) -> int:

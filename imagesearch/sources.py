@@ -53,7 +53,7 @@ class Source(Protocol):
 def open_source(location: str, folder: str, retry: RetryPolicy) -> Source:
     """Returns the bucket or folder that ``--images`` names.
 
-    `folder` is the absolute path that the index's relative paths belong to. Reading a bucket is
+    `folder` is the absolute path that the index's relative paths are relative to. Reading a bucket is
     retried by `retry`.
     """
     if BUCKET_URL.match(location):
@@ -103,7 +103,7 @@ class FolderSource:
                 on_error(self._file_path(path), describe_error(error))
 
     def _kind(self, entry: os.DirEntry[str], on_error: OnError) -> str:
-        """Returns "folder", "image", or the kind of file to skip; nothing if `on_error` was told about it."""
+        """Returns "folder", "image", or the kind of file to skip; nothing if `on_error` was called."""
         try:
             if entry.name.startswith("."):
                 return "hidden"
@@ -128,9 +128,8 @@ class FolderSource:
 
     @contextlib.contextmanager
     def open_image(self, image: ImageFile) -> Iterator[tuple[ImageFile, BinaryIO]]:
-        with _open_file(image.location) as stream:
-            status = os.fstat(stream.fileno())  # of what is read, which may have changed since it was found
-            yield replace(image, size=status.st_size, mtime=_mtime(status)), stream
+        with _open_with_metadata(image.location) as (size, mtime, stream):
+            yield replace(image, size=size, mtime=mtime), stream
 
     def find_gone(self, file_paths: Sequence[str]) -> set[str]:
         return {file_path for file_path in file_paths if self._is_gone(file_path)}
@@ -158,17 +157,20 @@ def _open_file(path: str) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def open_indexed(location: str) -> Iterator[tuple[int, int, BinaryIO]]:
-    """Yields size in bytes, mtime in nanoseconds and content of an indexed image: a path or an object's URL."""
+def _open_with_metadata(path: str) -> Iterator[tuple[int, int, BinaryIO]]:
+    """Yields size in bytes, mtime in nanoseconds and content of a file, as they are when it is read."""
+    with _open_file(path) as stream:
+        status = os.fstat(stream.fileno())
+        yield status.st_size, _mtime(status), stream
+
+
+def open_indexed(location: str) -> AbstractContextManager[tuple[int, int, BinaryIO]]:
+    """Returns a context with size in bytes, mtime in nanoseconds and content of a path or an object's URL."""
     if BUCKET_URL.match(location):
         from imagesearch.bucket import open_object
 
-        with open_object(location, NO_RETRY) as found:
-            yield found
-    else:
-        with _open_file(location) as stream:
-            status = os.fstat(stream.fileno())
-            yield status.st_size, _mtime(status), stream
+        return open_object(location, NO_RETRY)
+    return _open_with_metadata(location)
 
 
 def open_query(query: str) -> AbstractContextManager[BinaryIO]:

@@ -248,6 +248,30 @@ def averaging_model(path: Path, scale: float = 1.0) -> Path:
     return path
 
 
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A quiet handler whose `answer` answers every method."""
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
+    def do_DELETE(self) -> None:
+        self.answer()
+
+    def log_message(self, *_: object) -> None: ...
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The one file of the hub, as the hub serves it: large-file headers, then the bytes."""
 

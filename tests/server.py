@@ -109,7 +109,7 @@ class Cluster:
     ) -> None:
         """`settings` are more of Elasticsearch's own, with `__` for each dot of their names.
 
-        `roles` gives the privileges on all indices of roles in the file realm; each has a user of its name.
+        `roles` maps roles of the file realm to their privileges on all indices; each has a user of its name.
         """
         self.roles = roles or {}
         self.java = java_home(21 if release.startswith("9") else 17)

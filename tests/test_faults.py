@@ -26,7 +26,7 @@ from imagesearch.documents import Document, ImageFile, IndexMetadata, MetadataUp
 from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.index import open_index
 from imagesearch.retry import RetryPolicy
-from tests.conftest import Picture, Scripts, Server, averaging_model, cluster, scripts_on
+from tests.conftest import Answering, Picture, Scripts, Server, averaging_model, cluster, scripts_on
 from tests.server import ROOT, Cluster
 from tests.test_scripts import counts
 
@@ -272,7 +272,7 @@ def test_searches_go_on_while_a_node_is_lost(three: Cluster, many: Path, tmp_pat
     assert min(found) > 0.99999
 
 
-class NotElasticsearch(http.server.BaseHTTPRequestHandler):
+class NotElasticsearch(Answering):
     """A server that is no Elasticsearch, or stands before one."""
 
     answers: ClassVar[dict[str, tuple[int, str, bytes]]] = {
@@ -290,17 +290,6 @@ class NotElasticsearch(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def do_POST(self) -> None:
-        self.answer()
-
-    def do_PUT(self) -> None:
-        self.answer()
-
-    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.mark.parametrize("kind", sorted(NotElasticsearch.answers))

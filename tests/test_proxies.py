@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.certificates import trusting_session
-from tests.conftest import Picture, Scripts, Server
+from tests.conftest import Answering, Picture, Scripts, Server
 from tests.test_scripts import counts
 
 Answer = tuple[int, dict[str, str], bytes] | None
@@ -21,7 +21,7 @@ def proxy(server: Server, intercept: Callable[[str, str, bytes], Answer]) -> Ite
     """A proxy in front of Elasticsearch: it answers itself, or passes on what `intercept` returns None for."""
     upstream = trusting_session(Path(server.ca))
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Answering):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
@@ -40,23 +40,6 @@ def proxy(server: Server, intercept: Callable[[str, str, bytes], Answer]) -> Ite
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def do_POST(self) -> None:
-            self.answer()
-
-        def do_PUT(self) -> None:
-            self.answer()
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_DELETE(self) -> None:
-            self.answer()
-
-        def log_message(self, *_: object) -> None: ...
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as front:
         threading.Thread(target=front.serve_forever, daemon=True).start()

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.certificates import CA
-from tests.conftest import Picture, Scripts, Server, averaging_model, image
+from tests.conftest import Answering, Picture, Scripts, Server, averaging_model, image
 from tests.server import ROOT
 
 COUNTS = re.compile(
@@ -399,7 +399,7 @@ def test_an_api_key_stands_for_the_password(elastic: Scripts, birds: list[Path],
     assert elastic.search(birds[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
 
 
-class RecordingServer(http.server.BaseHTTPRequestHandler):
+class RecordingServer(Answering):
     """Writes down who knocks: no index at a GET, no entry at anything else."""
 
     seen: ClassVar[list[tuple[str, str | None]]] = []
@@ -413,17 +413,6 @@ class RecordingServer(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"{}")
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def do_PUT(self) -> None:
-        self.answer()
-
-    def do_POST(self) -> None:
-        self.answer()
-
-    def log_message(self, *_: object) -> None: ...
 
 
 def test_the_api_key_is_sent_by_both_clients(local: Scripts, birds: list[Path]) -> None:
