@@ -55,11 +55,11 @@ def main() -> int:
             if isinstance(embedding, str):
                 reason = f"Cannot read {quote_path(query_name(query))}: {embedding}"
                 cli.say(reason)
-                cli.write_line(json.dumps({"error": {"type": "image_error", "reason": reason}, "status": 400}))
+                response = {"error": {"type": "image_error", "reason": reason}, "status": 400}
                 code = 1
-                continue
-            response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score)
-            code |= check_response(response, index, arguments)
+            else:
+                response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score)
+                code |= check_response(response, index, arguments)
             cli.write_line(json.dumps(response))
             if page:
                 page.add(query, response)

@@ -127,7 +127,7 @@ class Page:
             yield stream
 
     def add(self, query: str, response: dict[str, Any]) -> None:
-        """Adds a section with Elasticsearch's response to a query."""
+        """Adds a section with Elasticsearch's response to a query, or with an error in the same form."""
         self._results.append((query, response))
 
     def write(self) -> bool:
@@ -135,7 +135,7 @@ class Page:
 
         Thumbnails are made on all CPUs. Raises ImageSearchError if the file cannot be written.
         """
-        if not self._results:
+        if not any("hits" in response for _, response in self._results):
             return False
         try:
             with atomic_write(self._path) as temporary:
@@ -151,7 +151,10 @@ class Page:
         with path.open("w", encoding="utf-8") as page, ThreadPoolExecutor(threads) as pool:
             page.write(HEAD)
             for number, (query, response) in enumerate(self._results, 1):
-                page.writelines(self._section(number, query, response["hits"]["hits"], pool))
+                if "error" in response:
+                    page.write(_error_section(number, query, response["error"]["reason"]))
+                else:
+                    page.writelines(self._section(number, query, response["hits"]["hits"], pool))
             page.write("</main>\n</body>\n</html>\n")
 
     def _section(self, number: int, query: str, hits: list[dict[str, Any]], pool: ThreadPoolExecutor) -> Iterator[str]:
@@ -159,8 +162,7 @@ class Page:
         indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
         file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
         pictures = pool.map(self._hit_picture, file_paths)
-        shown = query_name(query)
-        name = escape(posixpath.basename(shown) or shown)
+        shown, name = query_name(query), _short_name(query)
         yield f"""<section aria-labelledby="query-{number}">
 <div class="query">
 {self._query_picture(query, name)}
@@ -207,6 +209,21 @@ class Page:
         folder = os.fsencode(os.path.dirname(os.path.abspath(self._path)))
         link = quote(os.path.relpath(os.fsencode(os.path.abspath(path)), folder))
         return f'<a href="{link}">{picture}</a>'
+
+
+def _short_name(query: str) -> str:
+    """Returns the HTML of a query's name without its folders."""
+    name = query_name(query)
+    return escape(posixpath.basename(name) or name)
+
+
+def _error_section(number: int, query: str, reason: str) -> str:
+    """Returns the HTML of a query that could not be read."""
+    return f"""<section aria-labelledby="query-{number}">
+<h2 id="query-{number}">{_short_name(query)}</h2>
+<p>{escape(reason)}</p>
+</section>
+"""
 
 
 def _image_element(webp: bytes, name: str) -> str:

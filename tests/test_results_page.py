@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from imagesearch import results_page
 from imagesearch.documents import FileMetadata
 from imagesearch.paths import path_to_text
-from tests.conftest import Picture, Scripts, image
+from tests.conftest import Picture, Scripts, image, unavailable
 from tests.server import ROOT
 
 ODD = ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "two words & more", "new\nline", "émoji 🦅 100% #1?"]
@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next(filter(None, map(shutil.which, names)), None)
     if not found:
-        pytest.skip("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
+        unavailable("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -201,10 +201,10 @@ def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:
         else:
             shutil.copy(paths[number % 2], path)
     page = tmp_path / "results.html"
-    started = time.monotonic()
     files = Files()
+    started = time.process_time()  # of all threads, whatever else the machine does
     write_page(page, files, [(str(paths[0]), files.response(paths))])
-    assert time.monotonic() - started < 4  # two seconds on two idle cores; a shared machine gets twice that
+    assert time.process_time() - started < 8
     assert page.stat().st_size < 3_000_000
 
 
@@ -213,14 +213,16 @@ def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Pictu
         picture(f"images/{number % 3}/{number}.png", seed=number)
     scripts.create()
     queries = [picture("a.png", seed=3), picture("b.png", seed=4)]
-    done = scripts.run("search.py", *queries, "-k", 12, "--html", "my results.html")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 2
+    (scripts.folder / "c.png").write_text("not an image")
+    done = scripts.run("search.py", *queries, "c.png", "-k", 12, "--html", "my results.html")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("\n") == 3
     assert "The page of results is 'my results.html'." in done.stderr
     page, noise = opened(browser, scripts.folder / "my results.html")
     assert noise == []
-    assert page.locator("section").count() == 2
+    assert page.locator("section").count() == 3
     assert page.locator("li img").count() == 24
+    assert "Cannot read c.png: not an image that Pillow can read" in page.locator("section").nth(2).inner_text()
     done = scripts.run("search.py", queries[0], "--html", "missing/results.html")
     assert done.returncode == 2 and done.stdout == ""
     assert "--html missing/results.html: the file is in a folder that does not exist" in done.stderr
