@@ -150,9 +150,8 @@ def prepare_index(index: Index, metadata: IndexMetadata | None, name: str | None
 
 def find_images(source: Source, part: cli.Part | None = None, progress: Progress | None = None) -> Iterator[ImageFile]:
     """Yields the images of the source that are in this part; tells `progress`, if given, about other files."""
-    on_skip = progress.count_skipped if progress else lambda kind: None
-    on_error = progress.count_unreadable if progress else lambda path, reason: None
-    return (image for image in source.find_images(on_skip, on_error) if part is None or part.contains(image.id))
+    callbacks = (progress.count_skipped, progress.count_unreadable) if progress else ()
+    return (image for image in source.find_images(*callbacks) if part is None or part.contains(image.id))
 
 
 def find_changed(

@@ -19,7 +19,7 @@ from obstore.store import from_url
 
 from imagesearch.documents import ImageFile
 from imagesearch.errors import UsageError
-from imagesearch.images import OnError, OnSkip, check_size, content_memory, image_extensions
+from imagesearch.images import OnError, OnSkip, check_size, content_memory, ignore, image_extensions
 from imagesearch.paths import BUCKET_URL, quote_path
 from imagesearch.retry import RetryableError, RetryPolicy
 
@@ -54,7 +54,7 @@ class BucketSource:
             hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
             raise UsageError(f"The bucket cannot be reached: {error}. Check {hint}.") from None
 
-    def find_images(self, on_skip: OnSkip, on_error: OnError) -> Iterator[ImageFile]:
+    def find_images(self, on_skip: OnSkip = ignore, on_error: OnError = ignore) -> Iterator[ImageFile]:
         for objects in self._list(None):
             for meta in objects:
                 key = meta["path"]

@@ -44,6 +44,11 @@ MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory togeth
 OnSkip = Callable[[str], None]  # called with the kind of each file that is not an image: ".txt", "hidden", …
 OnError = Callable[[str, str], None]  # called with the path of each image that cannot be read, and the reason
 
+
+def ignore(*_: object) -> None:
+    """Does nothing: for callers to whom files that are skipped or unreadable do not matter."""
+
+
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
     2: Image.Transpose.FLIP_LEFT_RIGHT,

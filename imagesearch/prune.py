@@ -34,18 +34,18 @@ def check_prune(index: Index, source: Source) -> None:
             return
         total += page_size
     if total and not _has_known_content(index, source):
-        images = sum(1 for _ in source.find_images(lambda kind: None, lambda path, reason: None))
+        images = sum(1 for _ in source.find_images())
+        found = f"the {images:,} images there look new" if images else "there are no images at all"
         raise UsageError(
             f"--prune would delete all {total:,} documents below {quote_path(source.name)}: none of their files is"
-            f" there, and its {images:,} images look new. If that is intended, use --prune-all."
+            f" left, and {found}. If that is intended, use --prune-all."
         )
 
 
 def _has_known_content(index: Index, source: Source) -> bool:
     """Returns True if the content of one of the first images below the source is in the index."""
     sha256s = []
-    images = source.find_images(lambda kind: None, lambda path, reason: None)
-    for image in itertools.islice(images, SAMPLE_SIZE):
+    for image in itertools.islice(source.find_images(), SAMPLE_SIZE):
         with contextlib.suppress(OSError, ValueError), source.open_image(image) as (_, stream):
             sha256s.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]
     return bool(sha256s) and bool(index.find_embeddings(sha256s))

@@ -13,7 +13,7 @@ from typing import BinaryIO, Protocol
 
 from imagesearch.documents import ImageFile
 from imagesearch.errors import UsageError, describe_error
-from imagesearch.images import MAX_CONTENT_BYTES, OnError, OnSkip, check_size, image_extensions
+from imagesearch.images import MAX_CONTENT_BYTES, OnError, OnSkip, check_size, ignore, image_extensions
 from imagesearch.paths import (
     BUCKET_URL,
     HTTP_URL,
@@ -37,7 +37,7 @@ class Source(Protocol):
     def check(self) -> None:
         """Raises UsageError if the source cannot be listed."""
 
-    def find_images(self, on_skip: OnSkip, on_error: OnError) -> Iterator[ImageFile]:
+    def find_images(self, on_skip: OnSkip = ignore, on_error: OnError = ignore) -> Iterator[ImageFile]:
         """Yields every image file, at any depth, in the source's own order.
 
         Hidden files and folders, other files, and links back to a folder above are skipped.
@@ -80,7 +80,7 @@ class FolderSource:
                 " folder."
             ) from None
 
-    def find_images(self, on_skip: OnSkip, on_error: OnError) -> Iterator[ImageFile]:
+    def find_images(self, on_skip: OnSkip = ignore, on_error: OnError = ignore) -> Iterator[ImageFile]:
         pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [(self._root, ())]
         while pending:
             path, above = pending.pop()

@@ -19,7 +19,7 @@ def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, picture: 
         path.unlink()
     stderr = scripts.create("--prune", code=2)
     assert "--prune would delete all 6 documents below ./images" in stderr
-    assert "If that is intended, use --prune-all." in stderr
+    assert "there are no images at all. If that is intended, use --prune-all." in stderr
     assert "There are no images below ./images" in scripts.create(code=2)
     assert counts(scripts.create("--prune-all")) == {"deleted": 6}
     assert "There are no images" in scripts.create("--prune", code=2)
@@ -52,7 +52,7 @@ def test_the_same_path_with_other_images_prunes_nothing(scripts: Scripts, pictur
     for number in range(3):
         picture(f"images/{number}-new.png", seed=100 + number)
     stderr = scripts.create("--prune", code=2)
-    assert "delete all 6 documents" in stderr and "its 3 images look new" in stderr
+    assert "delete all 6 documents" in stderr and "the 3 images there look new" in stderr
     assert counts(scripts.create("--prune-all")) == {"new": 3, "deleted": 6}
 
 
