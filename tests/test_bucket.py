@@ -206,7 +206,7 @@ def test_what_is_wrong_is_reported_in_one_line(
     bucket.put("a.png", png(1))
     started = time.monotonic()
     stderr = local_s3.create("--images", url.format(bucket.url), code=2, **environment)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # not the minutes of obstore's own retries
     (line,) = [line for line in stderr.splitlines() if not line.startswith("Using")]
     assert re.search(message, line), line
     assert "<" not in line and "Debug" not in line
@@ -428,7 +428,7 @@ def test_time_and_size_are_limited(indexed: Scripts, web: str) -> None:
     limits = {"/stalls": "timed out", "/gigabyte": "200 MB|30 seconds", "/drips": "30 seconds"}
     started = time.monotonic()
     done = indexed.run("search.py", *(f"{web}{path}" for path in limits))
-    assert time.monotonic() - started < 75  # one after the other, since they do not say how large they are
+    assert time.monotonic() - started < 100  # one after the other, since they do not say how large they are
     assert done.returncode == 1
     for line, reason in zip(done.stdout.splitlines(), limits.values(), strict=True):
         assert re.search(reason, json.loads(line)["error"]["reason"]), line

@@ -145,9 +145,7 @@ def test_a_decompression_bomb_is_reported_and_what_pillow_allows_is_not(tmp_path
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
-    started = time.monotonic()
-    assert unreadable(tmp_path / "pipe.jpg") == "not a regular file"
-    assert time.monotonic() - started < 1
+    assert unreadable(tmp_path / "pipe.jpg") == "not a regular file"  # opening it would wait for a writer
 
 
 class Counting:

@@ -126,9 +126,10 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     fragile.kill(fragile.nodes[0])
     killed = time.monotonic()
     code, stderr = end(process)
-    assert 1.9 < time.monotonic() - killed < 6  # the last pause is cut to fit
+    assert time.monotonic() - killed > 1.9
     assert code == 1
-    assert re.search(r"Elasticsearch did not recover within [23] s: .*Run the command again", stderr)
+    assert "Retrying in 1 s" in stderr and "Retrying in 2 s" not in stderr  # the last delay is cut to fit
+    assert re.search(r"Elasticsearch did not recover within \d s: .*Run the command again", stderr)
     written = counts(stderr)["new"]
     fragile.start(fragile.nodes[0])
     fragile.wait()
@@ -214,9 +215,8 @@ def test_a_blocked_index_ends_the_run_at_once(block: str, elastic: Scripts, serv
     elastic.create()
     server.request("PUT", f"{elastic.index}/_settings", {f"index.blocks.{block}": True})
     picture("images/b.png")
-    started = time.monotonic()
     stderr = elastic.create(code=1)
-    assert time.monotonic() - started < 10
+    assert "Retrying" not in stderr
     assert counts(stderr) == {"unchanged": 1}
     assert stderr.count("create.py:") == 1
     assert "cluster_block_exception" in stderr and "remove the index's block" in stderr
@@ -366,7 +366,21 @@ def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts:
 # The process
 
 
+def wait_for_first_line(process: "subprocess.Popen[str]") -> None:
+    """Waits until a script's first line has removed Python's SIGINT handler; what comes before is Python's own.
+
+    Python installs the handler after it has told the system to ignore SIGPIPE.
+    """
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored, caught = (int(re.findall(rf"{name}:\s*(\w+)", status)[0], 16) for name in ("SigIgn", "SigCgt"))
+        if ignored & 1 << (signal.SIGPIPE - 1) and not caught & 1 << (signal.SIGINT - 1):
+            return
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see when the script has begun")
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
 def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scripts, picture: Picture) -> None:
     for number in range(300):
@@ -380,13 +394,14 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scrip
         for stale in local.folder.glob("new.db*"):
             stale.unlink()
         process = local.start(script, *arguments)
-        time.sleep(0.03 + 0.6 * chance.random())  # Python's own start, before the script's first line, is not ours
+        wait_for_first_line(process)
+        time.sleep(0.6 * chance.random())
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
         assert "Traceback" not in stderr and "KeyboardInterrupt" not in stderr, stderr
         codes.append(process.returncode)
-    assert set(codes) <= {0, 130, -signal.SIGINT}, codes  # the last one, in Python's own start, is 130 in a shell too
-    assert 130 in codes
+    assert set(codes) <= {0, 130, -signal.SIGINT}, codes  # the last one, during the imports, is 130 in a shell too
+    assert 130 in codes or -signal.SIGINT in codes
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -398,7 +413,7 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     process = scripts.start("create.py", *arguments)
     wait_until(lambda: (count(scripts) if "ES_URL" in scripts.environment else rows(home / "index.db")) > 0)
     process.send_signal(signal_)
-    ended, stderr = end(process, seconds=20)
+    ended, stderr = end(process)
     written = counts(stderr).get("new", 0)
     if written == MANY:
         pytest.skip("this machine was done before it could be interrupted")
@@ -417,7 +432,7 @@ def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Pa
         read_until(process, "Interrupted")
         assert process.poll() is None  # the answer to what it has sent is waited for
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=3) == -signal.SIGINT  # which a shell shows as 130
+        assert process.wait(timeout=30) == -signal.SIGINT  # which a shell shows as 130
     finally:
         os.killpg(fragile.nodes[0].process.pid, signal.SIGCONT)
 
@@ -429,12 +444,11 @@ def test_an_interruption_ends_the_retries(fragile: Cluster, many: Path, tmp_path
     fragile.kill(fragile.nodes[0])
     try:
         read_until(process, "Retrying in 4 s")
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         code, stderr = end(process)
         assert code == 130, stderr
-        assert time.monotonic() - started < 3
-        assert 200 < counts(stderr)["new"] < MANY
+        assert "Retrying" not in stderr  # after the one that was read
+        assert 0 < counts(stderr)["new"] < MANY
     finally:
         fragile.start(fragile.nodes[0])
         fragile.wait()
@@ -445,14 +459,15 @@ def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(loca
     arguments = ("--model", "thumbnail", "--db", home / "index.db")
     chance = random.Random(5)
     for _ in range(5):
+        before = rows(home / "index.db")
         process = local.start("create.py", *arguments)
-        time.sleep(0.4 + chance.random())
+        wait_until(lambda: process.poll() is not None or rows(home / "index.db") > before)  # noqa: B023
+        time.sleep(0.1 * chance.random())
         process.kill()
         process.wait()
-        if (home / "index.db").exists():
-            database = sqlite3.connect(home / "index.db")
-            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            database.close()
+        database = sqlite3.connect(home / "index.db")
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        database.close()
     local.create(*arguments)
     assert counts(local.create(*arguments)) == {"unchanged": MANY}
     for number in (0, 1234, MANY - 1):
