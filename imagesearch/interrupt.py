@@ -2,7 +2,7 @@
 
 import os
 import signal
-import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Self, TypeVar
@@ -10,6 +10,9 @@ from typing import Self, TypeVar
 from imagesearch.errors import ImageSearchError
 
 Item = TypeVar("Item")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 0.1
 
 
 class Interrupt:
@@ -20,10 +23,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._interrupted = threading.Event()
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
@@ -33,12 +35,11 @@ class Interrupt:
             error.exit_code = 128 + self.signal
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
+        for each in SIGNALS:  # before the message, which may be answered by the second one
+            signal.signal(each, signal.SIG_DFL)
         self.signal = number
-        self._interrupted.set()
         # os.write: the signal may have interrupted a print.
         os.write(2, b"\nInterrupted: writing what has been embedded. Press Ctrl-C again to stop immediately.\n")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def until_interrupted(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yields `items` until the run is interrupted."""
@@ -48,5 +49,11 @@ class Interrupt:
             yield item
 
     def sleep(self, seconds: float) -> bool:
-        """Waits; returns False if the run was interrupted."""
-        return not self._interrupted.wait(seconds)
+        """Waits; returns False if the run was interrupted.
+
+        It polls: a threading.Event could deadlock, since `_stop` runs on the main thread, which may hold its lock.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.signal and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        return not self.signal
