@@ -18,7 +18,7 @@ from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedErro
 from obstore.store import from_url
 
 from imagesearch.documents import ImageFile
-from imagesearch.errors import UsageError
+from imagesearch.errors import UsageError, describe_error
 from imagesearch.images import OnError, OnSkip, check_size, content_memory, ignore, image_extensions
 from imagesearch.paths import BUCKET_URL, quote_path
 from imagesearch.retry import RetryableError, RetryPolicy
@@ -27,6 +27,12 @@ Result = TypeVar("Result")
 
 # obstore's own retries cover brief failures; RetryPolicy, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+# For a whole request, whose default of 30 seconds is too short for many large objects at once; and without any data.
+TIMEOUTS = {
+    f"{store}_{name}": value
+    for store in ("AWS", "GOOGLE", "AZURE")
+    for name, value in (("TIMEOUT", "10m"), ("READ_TIMEOUT", "30s"))
+}
 HEAD_THREADS = 32
 
 CREDENTIALS_HINT = {
@@ -42,17 +48,19 @@ class BucketSource:
     """A `Source` of the objects below a URL such as ``s3://birds/photos``; prefixes are its folders."""
 
     def __init__(self, url: str, retry: RetryPolicy) -> None:
-        self.name = url.rstrip("/")
         self._bucket_url, self._prefix = _split_url(url)
+        self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
         self._store = _open_store(self._bucket_url)
         self._retry = retry
 
     def check(self) -> None:
+        hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
         try:
             _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
         except RetryableError as error:
-            hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
             raise UsageError(f"The bucket cannot be reached: {error}. Check {hint}.") from None
+        except OSError as error:
+            raise UsageError(f"{quote_path(self.name)}: {describe_error(error)}. Check {hint}.") from None
 
     def find_images(self, on_skip: OnSkip = ignore, on_error: OnError = ignore) -> Iterator[ImageFile]:
         for objects in self._list(None):
@@ -89,10 +97,10 @@ class BucketSource:
 
     def _is_gone(self, key: str) -> bool:
         try:
-            _call(lambda: obstore.head(self._store, key), self._bucket_url, self._retry)
+            _call(lambda: obstore.head(self._store, key), self._bucket_url, self._retry, is_one_object=True)
         except FileNotFoundError:
             return True
-        except PermissionError:  # it may be there
+        except OSError:  # it may be there
             return False
         return False
 
@@ -121,7 +129,7 @@ def open_object(url: str, retry: RetryPolicy) -> Iterator[tuple[int, int, Binary
     Raises OSError or ValueError if it cannot be read, ImageSearchError if the bucket cannot be reached.
     """
     bucket_url, key = _split_url(url)
-    meta = _call(lambda: obstore.head(_open_store(bucket_url), key), bucket_url, retry)
+    meta = _call(lambda: obstore.head(_open_store(bucket_url), key), bucket_url, retry, is_one_object=True)
     with _open(bucket_url, key, meta["size"], retry) as found:
         yield found
 
@@ -137,7 +145,13 @@ def _split_url(url: str) -> tuple[str, str]:
 
 @functools.cache
 def _open_store(bucket_url: str) -> Any:
-    return _translated(lambda: from_url(bucket_url, retry_config=RETRY_CONFIG), bucket_url)
+    for name, value in TIMEOUTS.items():  # as client_options, they would replace all of the user's own variables
+        os.environ.setdefault(name, value)
+    try:
+        return from_url(bucket_url, retry_config=RETRY_CONFIG)
+    except (BaseError, OSError, ValueError) as error:
+        hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
+        raise UsageError(f"{bucket_url} cannot be opened ({_short_reason(error)}): check {hint}.") from None
 
 
 @contextlib.contextmanager
@@ -151,25 +165,28 @@ def _open(bucket_url: str, key: str, size: int, retry: RetryPolicy) -> Iterator[
 
     check_size(size)
     with content_memory.reserve(size):
-        meta, content = _call(get, bucket_url, retry)
+        meta, content = _call(get, bucket_url, retry, is_one_object=True)
         yield meta["size"], _mtime(meta["last_modified"]), io.BytesIO(content)
 
 
-def _call(function: Callable[[], Result], bucket_url: str, retry: RetryPolicy) -> Result:
+def _call(function: Callable[[], Result], bucket_url: str, retry: RetryPolicy, is_one_object: bool = False) -> Result:
     """Returns ``function()``, retried, with obstore's errors translated."""
-    return retry.call(f"The bucket {bucket_url}", lambda: _translated(function, bucket_url))
+    return retry.call(f"The bucket {bucket_url}", lambda: _translated(function, bucket_url, is_one_object))
 
 
 def _mtime(last_modified: datetime) -> int:
-    """Returns nanoseconds since 1970."""
-    return int(last_modified.timestamp()) * 1_000_000_000 + last_modified.microsecond * 1000
+    """Returns nanoseconds since 1970, in whole seconds: the response to GET has no more.
+
+    IBM Cloud Object Storage, MinIO and Google list milliseconds, which would never compare as equal.
+    """
+    return int(last_modified.timestamp()) * 1_000_000_000
 
 
-def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
+def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: bool = False) -> Result:
     """Returns ``function()`` with obstore's errors, which show XML and a debug dump, translated.
 
-    Raises UsageError for what waiting does not change, FileNotFoundError and PermissionError for one
-    object, and RetryableError for the rest.
+    Raises UsageError for what waiting does not change, OSError if that concerns one object only, and
+    RetryableError for the rest.
     """
     hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
     try:
@@ -180,7 +197,8 @@ def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
             raise UsageError(f"There is no bucket {bucket_url} ({reason}).") from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        if isinstance(error, PermissionDeniedError) and not any(code in text for code in _BAD_CREDENTIALS):
+        has_bad_credentials = any(code in text for code in _BAD_CREDENTIALS) or reason.startswith("HTTP 401")
+        if isinstance(error, PermissionDeniedError) and not has_bad_credentials:
             raise PermissionError(errno.EACCES, f"access denied ({reason})") from None
         if key := re.search(r'[Pp]ath "([^"]*)"', text if isinstance(error, InvalidPathError | ValueError) else ""):
             raise UsageError(
@@ -199,9 +217,9 @@ def _translated(function: Callable[[], Result], bucket_url: str) -> Result:
         if reason == "HTTP 404":
             raise UsageError(f"There is no bucket {bucket_url}, or no object store answers ({reason}).") from None
         if re.match(r"HTTP 4(?!08|29)", reason):
+            if is_one_object and not has_bad_credentials:  # encrypted with a key of its own, for example
+                raise OSError(f"the store refuses to send it ({reason})") from None
             raise UsageError(f"{bucket_url} denied access ({reason}): check {hint}.") from None
-        if " - " not in text:  # before any request was sent
-            raise UsageError(f"{bucket_url} cannot be opened ({reason}): check {hint}.") from None
         raise RetryableError(f"no answer from {bucket_url} ({reason})") from None
 
 

@@ -17,8 +17,7 @@ from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered
 from imagesearch.sources import Source
 
-# Threads for each CPU: one works; the others open the next images, which takes long in a bucket, or wait for the
-# look-up of their contents.
+# Reader threads for each CPU. They open images, which takes long in a bucket, and wait for look-ups and embedders.
 READERS_PER_CPU, MAX_READERS = 32, 256
 BUFFER_PER_CPU = 64  # results, of 3 kB each, that may wait for the index
 
@@ -44,6 +43,7 @@ def embed_images(
     each image that cannot be read. Memory is bounded, however many images there are.
     """
     cpus = available_cpus()
+    source_error: ImageSearchError | None = None
     with (
         ThreadPoolExecutor(cpus) as embedders,
         KnownEmbeddings(find_embeddings) as known,
@@ -53,7 +53,10 @@ def embed_images(
         def embed_one(
             item: tuple[ImageFile, FileMetadata | None],
         ) -> tuple[ImageFile, Document | MetadataUpdate | _Unreadable]:
+            nonlocal source_error
             image, indexed = item
+            if source_error:  # the images that wait in the buffer are not retried, each for its own time
+                raise source_error
             try:
                 with source.open_image(image) as (image, stream):
                     sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -61,7 +64,8 @@ def embed_images(
                         return image, MetadataUpdate(image)
                     embedding, is_copy = known.get(sha256, lambda: embedders.submit(_embed, stream, model).result())
                     return image, Document(image, sha256, embedding, indexed is not None, is_copy)
-            except ImageSearchError:  # the source stays unreachable: the run ends
+            except ImageSearchError as error:  # the source stays unreachable: the run ends
+                source_error = error
                 raise
             except Exception as error:  # Pillow raises nearly anything for a damaged file
                 return image, _Unreadable(describe_error(error))

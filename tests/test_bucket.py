@@ -1,6 +1,7 @@
 """Images in a bucket, on a real S3 server with signatures."""
 
 import hashlib
+import http.client
 import http.server
 import io
 import json
@@ -12,17 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import obstore
 import pytest
 from obstore.store import from_url
 
 from imagesearch.images import MAX_CONTENT_BYTES
-from tests.conftest import Scripts, image, s3_server
+from tests.conftest import Answering, Scripts, image, s3_server
 from tests.server import S3
 from tests.test_faults import end, read_until, rows, wait_until
 from tests.test_scripts import counts, summary
+
+SLOW_SECONDS = 33  # longer than obstore's own limit of 30 seconds for a request
 
 
 def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
@@ -486,3 +489,99 @@ def test_min_score_is_a_cutoff(scripts: Scripts) -> None:
     done = scripts.run("search.py", "query.png", "-k", 5, "--min-score", 0.9999999)
     assert done.returncode == 0 and json.loads(done.stdout)["hits"]["hits"] == []
     assert hits(scripts, "images/1/1.png", "--min-score", 1 - 1e-6)[0]["fields"]["file_path"] == ["./images/1/1.png"]
+
+
+class OtherStore(Answering):
+    """A proxy in front of S3Proxy that does what other object stores do, or what networks do, by the object's name."""
+
+    protocol_version = "HTTP/1.1"
+    port: ClassVar[int]  # of S3Proxy
+    read: ClassVar[list[str]]  # the paths of the objects that were read
+
+    def answer(self) -> None:
+        upstream = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        upstream.request(self.command, self.path, headers=dict(self.headers))
+        response = upstream.getresponse()
+        status, content = response.status, response.read()
+        upstream.close()
+        # As IBM Cloud Object Storage, MinIO and Google list it; the response to GET has whole seconds.
+        content = re.sub(rb"(<LastModified>[^<.]*)(\.\d+)?Z", rb"\1.006Z", content)
+        is_object = self.command == "GET" and self.path.endswith(".png")
+        if is_object:
+            self.read.append(self.path)
+        if self.path.endswith("/encrypted.png"):  # with a key of the customer's
+            status, content = 400, b"<Error><Code>InvalidRequest</Code></Error>"
+        self.send_response_only(status)
+        for name in ("Content-Type", "Content-Range", "ETag", "Last-Modified"):
+            if name in response.headers:
+                self.send_header(name, response.headers[name])
+        is_head = self.command == "HEAD"
+        self.send_header("Content-Length", response.headers["Content-Length"] if is_head else str(len(content)))
+        self.end_headers()
+        if is_object and self.path.endswith("/cut.png") and self.read.count(self.path) <= 3:
+            self.wfile.write(content[:100])
+            self.close_connection = True
+        elif is_object and self.path.endswith("/slow.png"):
+            for start in range(SLOW_SECONDS):
+                self.wfile.write(content[start : start + 1 if start < SLOW_SECONDS - 1 else None])
+                time.sleep(1)
+        else:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def other_store(local_s3: Scripts, s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[OtherStore]]:
+    """The proxy, which `local_s3` uses."""
+    monkeypatch.setattr(OtherStore, "port", s3.port, raising=False)
+    monkeypatch.setattr(OtherStore, "read", [], raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OtherStore) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        local_s3.environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
+        yield OtherStore
+        server.shutdown()
+
+
+def test_objects_are_unchanged_although_the_store_lists_milliseconds(
+    local_s3: Scripts, bucket: Bucket, other_store: type[OtherStore]
+) -> None:
+    for number in range(3):
+        bucket.put(f"{number}.png", png(number))
+    assert counts(local_s3.create("--images", bucket.url)) == {"new": 3}
+    assert len(other_store.read) == 3
+    assert counts(local_s3.create("--images", bucket.url)) == {"unchanged": 3}
+    assert len(other_store.read) == 3
+
+
+def test_an_object_that_the_store_refuses_is_one_unreadable_image(
+    local_s3: Scripts, bucket: Bucket, other_store: type[OtherStore]
+) -> None:
+    for seed, name in enumerate(("a.png", "encrypted.png", "z.png")):
+        bucket.put(name, png(seed))
+    stderr = local_s3.create("--images", bucket.url, code=1)
+    assert counts(stderr) == {"new": 2, "unreadable": 1}
+    assert f"Cannot read {bucket.url}/encrypted.png: the store refuses to send it (HTTP 400 InvalidRequest)" in stderr
+
+
+def test_an_object_that_breaks_off_is_read_again(
+    local_s3: Scripts, bucket: Bucket, other_store: type[OtherStore]
+) -> None:
+    bucket.put("cut.png", png(1, (80, 80)))
+    stderr = local_s3.create("--images", bucket.url)
+    assert counts(stderr) == {"new": 1}
+    assert "Retrying in 1 s: no answer from" in stderr
+
+
+def test_an_object_may_take_long_as_long_as_it_comes(
+    local_s3: Scripts, bucket: Bucket, other_store: type[OtherStore]
+) -> None:
+    bucket.put("slow.png", png(1, (80, 80)))
+    assert counts(local_s3.create("--images", bucket.url)) == {"new": 1}
+    assert len(other_store.read) == 1
+
+
+def test_slashes_around_a_prefix_change_nothing(local_s3: Scripts, bucket: Bucket) -> None:
+    bucket.put("photos/a.png", png(1))
+    bucket.put("photos/b.png", png(2))
+    assert counts(local_s3.create("--images", f"{bucket.url}/photos")) == {"new": 2}
+    bucket.delete("photos/b.png")
+    assert counts(local_s3.create("--images", f"{bucket.url}//photos/", "--prune")) == {"unchanged": 1, "deleted": 1}

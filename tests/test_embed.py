@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagesearch import copies
+from imagesearch import copies, embed
 from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate, ModelInfo
 from imagesearch.embed import embed_images, embed_queries
+from imagesearch.errors import ImageSearchError
 from imagesearch.images import image_extensions
 from imagesearch.models import Model, Thumbnail
 from imagesearch.parallel import MemoryLimit, available_cpus, batched, map_buffered
@@ -239,6 +240,24 @@ def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:
     documents, _ = embed_all(paths, model)
     assert [document.image.location for document in documents] == [str(path) for path in paths]
     assert model.most == available_cpus()
+
+
+class UnreachableSource(FolderSource):
+    """A source that has gone away; it counts how often it was asked for an image."""
+
+    opened = 0
+
+    def open_image(self, image: ImageFile) -> Any:
+        self.opened += 1
+        raise ImageSearchError("did not recover")
+
+
+def test_no_image_is_tried_after_the_source_was_given_up(tmp_path: Path) -> None:
+    source = UnreachableSource("/", "/")
+    changed = ((image_file(tmp_path), None) for _ in range(1000))
+    with pytest.raises(ImageSearchError, match="did not recover"):
+        list(embed_images(changed, source, Thumbnail(), lambda sha256s: {}, lambda path, reason: None))
+    assert source.opened <= min(embed.READERS_PER_CPU * available_cpus(), embed.MAX_READERS)
 
 
 def test_queries_are_embedded_in_order_with_the_reasons_for_those_that_cannot(tmp_path: Path) -> None:
