@@ -61,10 +61,14 @@ def main() -> int:
             ) as documents:  # its threads end before the index is closed
                 for document in index.write(documents):
                     progress.count_written(document)
-            if arguments.prune and not interrupt.signal:
-                for deleted in interrupt.until_interrupted(prune(index, source, arguments.part.contains)):
-                    progress.deleted += deleted
             index.refresh()
+            if arguments.prune and not interrupt.signal:
+                check_source(source, index, metadata, arguments)  # again: the disk may have been unmounted meanwhile
+                for deleted in prune(index, source, arguments.part.contains):
+                    progress.deleted += deleted
+                    if interrupt.signal:
+                        break
+                index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal
     return 1 if progress.unreadable else 0
@@ -89,8 +93,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="also delete the documents of files below DIR that no longer exist; refused if none is left and all images"
-        " are new",
+        help="also delete the documents of files below DIR that no longer exist; refused if that would delete all of"
+        " them and the images look new",
     )
     parser.add_argument("--prune-all", action="store_true", help="like --prune, but never refused")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """Stops a run cleanly at Ctrl-C or SIGTERM."""
 
+import contextlib
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ POLL_SECONDS = 0.1
 class Interrupt:
     """Stops a run cleanly at the first Ctrl-C (SIGINT) or SIGTERM, immediately at the second.
 
-    `signal` is the signal's number, 0 before there was one.
+    `signal` is the number of the signal received, 0 if none was.
     """
 
     def __init__(self) -> None:
@@ -35,11 +36,12 @@ class Interrupt:
             error.exit_code = 128 + self.signal
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        for each in SIGNALS:  # before the message, which may be answered by the second one
+        for each in SIGNALS:  # before the message: the user may press Ctrl-C as soon as it appears
             signal.signal(each, signal.SIG_DFL)
         self.signal = number
-        # os.write: the signal may have interrupted a print.
-        os.write(2, b"\nInterrupted: writing what has been embedded. Press Ctrl-C again to stop immediately.\n")
+        with contextlib.suppress(OSError):  # of `2>&1 | tee log`, which the same Ctrl-C ends
+            # os.write: the signal may have interrupted a print.
+            os.write(2, b"\nInterrupted: writing what has been embedded. Press Ctrl-C again to stop immediately.\n")
 
     def until_interrupted(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yields `items` until the run is interrupted."""

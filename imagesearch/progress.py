@@ -1,6 +1,7 @@
 """What a run of create.py shows on stderr: the progress, a line for each unreadable file, the summary."""
 
 import collections
+import contextlib
 import os
 import sys
 import threading
@@ -53,8 +54,9 @@ class Progress:
         self._bar = tqdm(total=total, desc=self._status(), bar_format=layout, ncols=columns - 1, mininterval=0.2)
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        """Prints a line above the bar, if anybody still reads it."""
+        with contextlib.suppress(BrokenPipeError):
+            tqdm.write(text, file=sys.stderr)
 
     def on_retry(self, reason: str, delay: float) -> None:
         """Says what is retried; once if several threads retry the same."""

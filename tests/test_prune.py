@@ -1,10 +1,15 @@
 """--prune deletes what is gone, and nothing because of where it is run."""
 
 import os
+import re
 import shutil
+import signal
+import sqlite3
+import time
 from pathlib import Path
 
 from tests.conftest import Picture, Scripts
+from tests.test_faults import end, rows, wait_until
 from tests.test_scripts import counts
 
 
@@ -54,6 +59,52 @@ def test_the_same_path_with_other_images_prunes_nothing(scripts: Scripts, pictur
     stderr = scripts.create("--prune", code=2)
     assert "delete all 6 documents" in stderr and "the 3 images there look new" in stderr
     assert counts(scripts.create("--prune-all")) == {"new": 3, "deleted": 6}
+
+
+def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(local: Scripts, picture: Picture) -> None:
+    for number in range(2000):
+        picture(f"images/{number}.png", size=(200, 200), seed=number)
+    process = local.start("create.py", "--model", "thumbnail", "--prune")
+    wait_until(lambda: process.poll() is not None or rows(local.folder / "imagesearch.db") > 0)
+    (local.folder / "images").rename(local.folder / "disk")
+    (local.folder / "images").mkdir()  # as an empty mount point
+    code, stderr = end(process)
+    assert code == 2, stderr
+    written = counts(stderr)["new"]
+    assert f"--prune would delete all {written:,} documents below ./images" in stderr
+    assert rows(local.folder / "imagesearch.db") == written
+
+
+def test_what_was_deleted_before_an_interruption_is_counted(local: Scripts, picture: Picture) -> None:
+    database = local.folder / "imagesearch.db"
+    _, *gone = images(picture)
+    local.create()
+    for path in gone:
+        path.unlink()
+    lock = sqlite3.connect(database, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")  # the deletion waits for it
+    process = local.start("create.py", "--model", "thumbnail", "--prune")
+    wait_until(lambda: is_waiting(process.pid))
+    process.send_signal(signal.SIGINT)
+    lock.execute("ROLLBACK")
+    code, stderr = end(process)
+    assert code == 130, stderr
+    assert rows(database) == 1
+    assert counts(stderr) == {"unchanged": 1, "deleted": 5}
+
+
+def is_waiting(pid: int) -> bool:
+    """True if a script that handles SIGTERM, which it does from the beginning of its work, uses no CPU."""
+    caught = int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+    if not caught & 1 << (signal.SIGTERM - 1):
+        return False
+
+    def cpu_ticks() -> list[str]:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+
+    before = cpu_ticks()
+    time.sleep(0.5)
+    return cpu_ticks() == before
 
 
 def test_a_folder_has_one_name_from_everywhere(scripts: Scripts, picture: Picture) -> None:
