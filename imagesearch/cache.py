@@ -26,16 +26,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
     So `path` is never seen half-written, whoever else reads or writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                stale.unlink()
+    remove_stale(path.parent, f"{glob.escape(path.name)}.*.tmp")
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Removes the temporary files that a killed process has left."""
+    for temporary in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
+                temporary.unlink()
 
 
 def model_sha256(path: Path) -> str:

@@ -17,10 +17,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from imagesearch.cache import atomic_write, cache_folder
+from imagesearch.cache import atomic_write, cache_folder, remove_stale
 
 PROBE_NAME = "probe.onnx"
-REWRITE_VERSION = 2  # raise it if the rewrite changes
+REWRITE_VERSION = 2  # increment it if the rewrite changes
 
 
 def int8_model_path(path: Path, sha256: str) -> Path:
@@ -32,6 +32,7 @@ def int8_model_path(path: Path, sha256: str) -> Path:
     rewritten = cache_folder() / f"{sha256}.int8-{REWRITE_VERSION}.{onnxruntime.__version__}.onnx"
     probe = cache_folder() / PROBE_NAME
     try:
+        remove_stale(cache_folder(), "*.tmp")
         if not probe.exists():
             with atomic_write(probe) as temporary:
                 write_probe(temporary)
@@ -169,12 +170,13 @@ def _optimize(path: Path) -> None:
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    optimized = path.with_suffix(".optimized.tmp")
+    options.optimized_model_filepath = str(optimized)
     try:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        os.replace(options.optimized_model_filepath, path)
+        os.replace(optimized, path)
     finally:
-        path.with_suffix(".optimized").unlink(missing_ok=True)
+        optimized.unlink(missing_ok=True)
 
 
 # The largest uint8 by the smallest and largest int8, in rows long enough to saturate a kernel that

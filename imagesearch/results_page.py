@@ -25,7 +25,7 @@ from imagesearch.sources import open_indexed, open_query
 
 THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
 THUMBNAIL_QUALITY = 75
-READERS = 16  # at least so many pictures are read at once, for those in a bucket
+READERS = 16  # pictures that are read at once, at least; reading from a bucket is mostly waiting
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1f; --soft: #5c5c66; --card: #f3f3f6; --line: #d5d5dd;
@@ -88,6 +88,8 @@ def check_page_path(text: str, images: Sequence[str]) -> Path:
         problem = "has the name of an image"
     elif path.is_dir():
         problem = "is a folder"
+    elif path.exists() and not path.is_file():
+        problem = "is not a regular file"
     elif not path.parent.is_dir():
         problem = "is in a folder that does not exist"
     elif path.exists():

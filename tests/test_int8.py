@@ -1,5 +1,7 @@
 """The rewritten model: the same integers, used only where they come out the same."""
 
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,15 @@ def test_a_rewrite_that_breaks_off_leaves_nothing(random_clip: Path, monkeypatch
     monkeypatch.setattr(int8, "rewrite", break_off)
     assert int8_model_path(random_clip, "hash") == random_clip
     assert {path.name for path in cache_folder().iterdir()} == {"probe.onnx"}
+
+
+def test_what_a_killed_run_left_is_removed(random_clip: Path) -> None:
+    int8_model_path(random_clip, "hash")
+    for name, age in (("other.onnx.1-1.tmp", 7200), ("other.onnx.1-1.optimized.tmp", 7200), ("new.onnx.2-2.tmp", 60)):
+        (cache_folder() / name).write_bytes(b"half")
+        os.utime(cache_folder() / name, (time.time() - age, time.time() - age))
+    int8_model_path(random_clip, "hash")
+    assert [path.name for path in cache_folder().glob("*.tmp")] == ["new.onnx.2-2.tmp"]
 
 
 def test_a_cpu_that_saturates_keeps_the_original(random_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,6 +256,7 @@ def test_a_file_that_changed_since_it_was_indexed_is_not_shown(tmp_path: Path, p
         (("--html", "new.jpg", "2.png"), "has the name of an image"),
         (("--html", "notes.txt", "2.png"), "is not an HTML page"),
         (("--html", "folder", "2.png"), "is a folder"),
+        (("--html", "pipe", "2.png"), "is not a regular file"),
     ],
 )
 def test_html_overwrites_nothing_but_a_page(
@@ -267,6 +268,7 @@ def test_html_overwrites_nothing_but_a_page(
     shutil.copy(local.folder / "1.png", local.folder / "copy")
     (local.folder / "notes.txt").write_text("notes")
     (local.folder / "folder").mkdir()
+    os.mkfifo(local.folder / "pipe")
     local.create()
     before = {path: path.read_bytes() for path in local.folder.iterdir() if path.is_file() and path.suffix != ".db"}
     done = local.run("search.py", *arguments)
