@@ -107,7 +107,7 @@ def seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """The `number`-th of `count` parts of the images; together they are all, and no image is in two."""
+    """The `number`-th of `count` parts of the images; the parts are disjoint and together cover all images."""
 
     number: int
     count: int
@@ -149,13 +149,17 @@ def connect(arguments: argparse.Namespace) -> "Connection | None":
         if getattr(arguments, "part", Part(1, 1)).count > 1:
             say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     elif arguments.insecure:
-        say("Warning: --insecure does not verify the server's certificate: others can read the password.")
+        say(
+            "Warning: --insecure does not verify the server's certificate: an attacker on the network could intercept"
+            " the credentials."
+        )
     return connection
 
 
 def say(text: str) -> None:
-    """Prints one line for the user, on stderr."""
-    print(text, file=sys.stderr)
+    """Prints one line for the user, on stderr, if anybody still reads it."""
+    with suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
 
 
 class OutputError(Exception):

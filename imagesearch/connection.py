@@ -118,7 +118,7 @@ def parse_url(text: str) -> SplitResult:
         valid = False
     # An @ after the host belongs to a password with a slash in it, which would otherwise show as a path.
     if not valid or any(character.isspace() for character in text) or url.query or url.fragment or "@" in url.path:
-        raise UsageError(f"ES_URL is not the URL of an Elasticsearch. It must look like {URL_FORMAT}.")
+        raise UsageError(f"ES_URL is not a valid Elasticsearch URL. It must look like {URL_FORMAT}.")
     return url
 
 

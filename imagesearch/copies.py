@@ -15,7 +15,7 @@ Embedding = NDArray[np.float32]
 FindEmbeddings = Callable[[Sequence[str]], dict[str, Embedding]]  # by SHA-256 in hex, those that are in the index
 
 RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the index may not find yet
-READY_PER_CPU = 8  # contents looked up and not embedded yet, below which the next are looked up: 70 ms of work
+READY_PER_CPU = 8  # the next batch is looked up when this many contents are left to embed: 70 ms of work
 
 
 class KnownEmbeddings:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 DIMENSIONS = 768  # of an embedding
 
-# Version of everything between a file and the model's input (images.py, clip.py, embed.py). Raise it
+# Version of everything between a file and the model's input (images.py, clip.py, embed.py). Increment it
 # if a change there changes an embedding: existing indexes are then refused, not mixed.
 PREPROCESSING = 2
 

@@ -106,7 +106,12 @@ def response_error(response: requests.Response, host: str, connection: Connectio
     """Returns the error for a response that denies access or is not from Elasticsearch, None if it is usable."""
     if 300 <= response.status_code < 400:
         location = urlsplit(response.headers.get("Location", ""))
-        target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}" if location.netloc else "another path"
+        if not location.netloc:
+            return UsageError(
+                f"{host} is not Elasticsearch, or a proxy answers for it: it redirects to another path"
+                f" (HTTP {response.status_code}). Check ES_URL."
+            )
+        target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}"
         return UsageError(f"{host} redirects to {target} (HTTP {response.status_code}): set ES_URL to that address.")
     if response.status_code == 401:
         return authentication_error(connection)
@@ -136,7 +141,7 @@ def connection_error(error: Exception, connection: Connection, host: str = "") -
             f"The certificate of {host} cannot be verified ({cause.verify_message.rstrip('.')}):"
             f" {_certificate_hint(cause, connection)}"
         )
-    reason = f"No Elasticsearch answers at {host}: {_one_line(cause)}."
+    reason = f"Cannot connect to Elasticsearch at {host}: {_one_line(cause)}."
     if isinstance(cause, ssl.SSLError):
         return UsageError(f"{reason} If that port does not use TLS, ES_URL must begin with http://.")
     if host.startswith("http:") and isinstance(cause, RemoteDisconnected | ConnectionResetError):

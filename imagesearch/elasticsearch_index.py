@@ -362,7 +362,7 @@ class ElasticsearchIndex:
             if not is_retryable(result["status"], result["error"]):
                 raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}. {hint(result)}")
         if rejected:
-            reason = f"it temporarily rejected {len(rejected)} documents ({error_reason(rejected[0])})"
+            reason = f"Elasticsearch temporarily rejected {len(rejected)} documents ({error_reason(rejected[0])})"
             raise RetryableError(reason, progress=len(rejected) < len(ids))
 
     def _ensure_same_index(self) -> None:

@@ -46,7 +46,7 @@ OnError = Callable[[str, str], None]  # called with the path of each image that 
 
 
 def ignore(*_: object) -> None:
-    """Does nothing: for callers to whom files that are skipped or unreadable do not matter."""
+    """Does nothing: the default callback for files that are skipped or unreadable."""
 
 
 _ORIENTATION_TAG = 0x0112

@@ -55,12 +55,17 @@ class RetryPolicy:
                 reason = str(error)
             waited = time.monotonic() - started
             delay = min(delay, self.timeout_seconds - waited)
-            if delay > 0:
-                self.on_retry(reason, delay)
-            if delay <= 0 or not self.sleep(delay):
+            if self.timeout_seconds == 0:
+                raise ImageSearchError(f"{service}: {reason}. Run the command again later.")
+            if delay <= 0:
                 raise ImageSearchError(
                     f"{service} did not recover within {waited:.0f} s: {reason}."
                     " Run the command again to continue from here."
+                )
+            self.on_retry(reason, delay)
+            if not self.sleep(delay):
+                raise ImageSearchError(
+                    f"Interrupted while retrying: {reason}. Run the command again to continue from here."
                 )
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)
 

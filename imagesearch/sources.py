@@ -176,8 +176,8 @@ def open_indexed(location: str) -> AbstractContextManager[tuple[int, int, Binary
 def open_query(query: str) -> AbstractContextManager[BinaryIO]:
     """Returns a context with the content of a file, an object in a bucket, a URL, or standard input (``-``).
 
-    Raises OSError, ValueError or ImageSearchError if it cannot be read or, if it is not a file, has more than
-    200 MB or takes longer than 30 seconds.
+    Raises OSError, ValueError or ImageSearchError if it cannot be read. All but files are limited to 200 MB,
+    downloads from a URL also to 30 seconds.
     """
     if query == "-":
         return _open_stdin()

@@ -84,7 +84,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @contextlib.contextmanager
 def cluster(size: int, **settings: object) -> Iterator[Cluster]:
-    """So many nodes of Elasticsearch 8.19, with settings of their own."""
+    """Starts `size` nodes of Elasticsearch 8.19 with these settings."""
     try:
         nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
     except UnavailableError as reason:

@@ -360,7 +360,7 @@ def test_a_wrong_password_is_one_line(elastic: Scripts, birds: list[Path]) -> No
 
 
 def test_a_host_that_cannot_be_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
-    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@a..b:9200")
+    assert "Cannot connect to Elasticsearch" in one_line(elastic, birds, ES_URL="https://admin:hunter2@a..b:9200")
 
 
 def test_a_wrong_ca_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
@@ -371,10 +371,12 @@ def test_a_wrong_ca_is_one_line(elastic: Scripts, birds: list[Path]) -> None:
 
 def test_no_server_and_a_wrong_url_are_one_line(elastic: Scripts, birds: list[Path]) -> None:
     url = elastic.environment["ES_URL"]
-    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@localhost:9")
-    assert "No Elasticsearch answers" in one_line(elastic, birds, ES_URL="https://admin:hunter2@nowhere.invalid:9200")
+    assert "Cannot connect to Elasticsearch" in one_line(elastic, birds, ES_URL="https://admin:hunter2@localhost:9")
+    assert "Cannot connect to Elasticsearch" in one_line(
+        elastic, birds, ES_URL="https://admin:hunter2@nowhere.invalid:9200"
+    )
     line = one_line(elastic, birds, ES_URL=url.replace("https", "http"))
-    assert "No Elasticsearch answers" in line and "ES_URL must begin with https://" in line
+    assert "Cannot connect to Elasticsearch" in line and "ES_URL must begin with https://" in line
     assert "ES_URL" in one_line(elastic, birds, ES_URL=url.replace("https", "ftp"))
 
 
@@ -400,7 +402,7 @@ def test_an_api_key_stands_for_the_password(elastic: Scripts, birds: list[Path],
 
 
 class RecordingServer(Answering):
-    """Writes down who knocks: no index at a GET, no entry at anything else."""
+    """Records each request's method and credentials; answers 404 to GET and 401 to everything else."""
 
     seen: ClassVar[list[tuple[str, str | None]]] = []
 
