@@ -63,11 +63,9 @@ def main() -> int:
                     progress.count_written(document)
             index.refresh()
             if arguments.prune and not interrupt.signal:
-                check_source(source, index, metadata, arguments)  # again: the disk may have been unmounted meanwhile
-                for deleted in prune(index, source, arguments.part.contains):
+                check_source(source, index, metadata, arguments)  # again: the disk may have been unmounted since
+                for deleted in interrupt.until_interrupted(prune(index, source, arguments.part.contains)):
                     progress.deleted += deleted
-                    if interrupt.signal:
-                        break
                 index.refresh()
     if interrupt.signal:
         return 128 + interrupt.signal

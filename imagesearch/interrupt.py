@@ -44,11 +44,13 @@ class Interrupt:
             os.write(2, b"\nInterrupted: writing what has been embedded. Press Ctrl-C again to stop immediately.\n")
 
     def until_interrupted(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields `items` until the run is interrupted."""
+        """Yields `items` until the run is interrupted; the one that is then being made is still yielded."""
+        if self.signal:
+            return
         for item in items:
+            yield item
             if self.signal:
                 return
-            yield item
 
     def sleep(self, seconds: float) -> bool:
         """Waits; returns False if the run was interrupted.
