@@ -54,7 +54,7 @@ class BucketSource:
         self._retry = retry
 
     def check(self) -> None:
-        hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
+        hint = _credentials_hint(self._bucket_url)
         try:
             _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
         except RetryableError as error:
@@ -98,10 +98,8 @@ class BucketSource:
     def _is_gone(self, key: str) -> bool:
         try:
             _call(lambda: obstore.head(self._store, key), self._bucket_url, self._retry, is_one_object=True)
-        except FileNotFoundError:
-            return True
-        except OSError:  # it may be there
-            return False
+        except OSError as error:  # if access is denied, it may exist
+            return isinstance(error, FileNotFoundError)
         return False
 
     def _list(self, offset: str | None) -> Iterator[Sequence[Any]]:
@@ -150,8 +148,9 @@ def _open_store(bucket_url: str) -> Any:
     try:
         return from_url(bucket_url, retry_config=RETRY_CONFIG)
     except (BaseError, OSError, ValueError) as error:
-        hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
-        raise UsageError(f"{bucket_url} cannot be opened ({_short_reason(error)}): check {hint}.") from None
+        raise UsageError(
+            f"{bucket_url} cannot be opened ({_short_reason(error)}): check {_credentials_hint(bucket_url)}."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -188,7 +187,7 @@ def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: 
     Raises UsageError for what waiting does not change, OSError if that concerns one object only, and
     RetryableError for the rest.
     """
-    hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
+    hint = _credentials_hint(bucket_url)
     try:
         return function()
     except (BaseError, FileNotFoundError, ValueError) as error:
@@ -221,6 +220,11 @@ def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: 
                 raise OSError(f"the store refuses to send it ({reason})") from None
             raise UsageError(f"{bucket_url} denied access ({reason}): check {hint}.") from None
         raise RetryableError(f"no answer from {bucket_url} ({reason})") from None
+
+
+def _credentials_hint(bucket_url: str) -> str:
+    """Returns the names of the environment variables with the credentials for this kind of store."""
+    return CREDENTIALS_HINT[bucket_url.partition("://")[0]]
 
 
 def _short_reason(error: Exception) -> str:

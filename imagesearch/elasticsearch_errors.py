@@ -107,10 +107,7 @@ def response_error(response: requests.Response, host: str, connection: Connectio
     if 300 <= response.status_code < 400:
         location = urlsplit(response.headers.get("Location", ""))
         if not location.netloc:
-            return UsageError(
-                f"{host} is not Elasticsearch, or a proxy answers for it: it redirects to another path"
-                f" (HTTP {response.status_code}). Check ES_URL."
-            )
+            return _not_elasticsearch(host, f"redirects to another path (HTTP {response.status_code})")
         target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}"
         return UsageError(f"{host} redirects to {target} (HTTP {response.status_code}): set ES_URL to that address.")
     if response.status_code == 401:
@@ -125,11 +122,12 @@ def response_error(response: requests.Response, host: str, connection: Connectio
         return UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}. {PRIVILEGES_HINT}")
     if response.headers.get("X-Elastic-Product") != "Elasticsearch" or not isinstance(body, dict):
         content_type = response.headers.get("Content-Type", "no content type")
-        return UsageError(
-            f"{host} is not Elasticsearch, or a proxy answers for it:"
-            f" it answered HTTP {response.status_code} with {content_type}. Check ES_URL."
-        )
+        return _not_elasticsearch(host, f"answered HTTP {response.status_code} with {content_type}")
     return None
+
+
+def _not_elasticsearch(host: str, behavior: str) -> UsageError:
+    return UsageError(f"{host} is not Elasticsearch, or a proxy answers for it: it {behavior}. Check ES_URL.")
 
 
 def connection_error(error: Exception, connection: Connection, host: str = "") -> UsageError:

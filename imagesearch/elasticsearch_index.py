@@ -288,10 +288,7 @@ class ElasticsearchIndex:
                     timeout=(CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS),
                     allow_redirects=False,  # a POST would become a GET without its body
                 )
-            except (
-                requests.exceptions.RequestException,
-                ValueError,
-            ) as exception:  # ValueError: an impossible host name
+            except (requests.exceptions.RequestException, ValueError) as exception:  # ValueError: no valid host name
                 error = connection_error(exception, self._connection, host)
                 if is_certificate_error(exception):
                     break
