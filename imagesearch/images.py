@@ -107,12 +107,6 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
         yield rgb if transpose is None else rgb.transpose(transpose)
 
 
-def read_image(stream: BinaryIO) -> Image.Image:
-    """Returns the image in `stream`; see `open_rgb`, which also reserves memory as long as it is used."""
-    with open_rgb(stream) as image:
-        return image
-
-
 def _decoding_bytes(image: Image.Image, full_size: tuple[int, int]) -> int:
     """Returns the peak memory of decoding `image` and converting it to RGB, estimated."""
     pixels = image.width * image.height

@@ -185,15 +185,18 @@ LEFT = np.full((8, 768), 255, np.uint8)
 RIGHT = np.tile(np.array([-128, 127], np.int8), (768, 32))
 
 
-def write_probe(target: Path) -> None:
-    """Writes a small model that shows whether this CPU multiplies uint8 by int8 exactly."""
+def write_probe(target: Path, right: NDArray[np.int8] = RIGHT) -> None:
+    """Writes a model that multiplies its input, uint8 of shape (rows, n), by `right`, of shape (n, m).
+
+    With the default it shows whether this CPU multiplies uint8 by int8 exactly.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
-    left = helper.make_tensor_value_info("left", TensorProto.UINT8, ["rows", LEFT.shape[1]])
-    product = helper.make_tensor_value_info("product", TensorProto.INT32, ["rows", RIGHT.shape[1]])
-    graph = helper.make_graph([node], "probe", [left], [product], [numpy_helper.from_array(RIGHT, "right")])
+    left = helper.make_tensor_value_info("left", TensorProto.UINT8, ["rows", right.shape[0]])
+    product = helper.make_tensor_value_info("product", TensorProto.INT32, ["rows", right.shape[1]])
+    graph = helper.make_graph([node], "probe", [left], [product], [numpy_helper.from_array(right, "right")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
     onnx.save(model, target)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ import requests
 from onnx import TensorProto, helper
 from PIL import Image
 
+from imagesearch.images import open_rgb
 from tests.certificates import trusting_session
 from tests.server import ROOT, S3, Cluster, UnavailableError
 
@@ -231,6 +232,12 @@ def image(size: tuple[int, int], seed: int) -> Image.Image:
     """A picture with large coloured patches, as different from another seed's as two photographs."""
     patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
+
+
+def read_image(stream: BinaryIO) -> Image.Image:
+    """Decodes an image as the scripts do."""
+    with open_rgb(stream) as picture:
+        return picture
 
 
 def averaging_model(path: Path, scale: float = 1.0) -> Path:

@@ -21,9 +21,8 @@ from imagesearch import clip
 from imagesearch.cache import cache_folder, model_sha256
 from imagesearch.documents import DIMENSIONS
 from imagesearch.errors import UsageError
-from imagesearch.images import read_image
 from imagesearch.models import load_model
-from tests.conftest import Hub, averaging_model, environment, image
+from tests.conftest import Hub, averaging_model, environment, image, read_image
 from tests.server import ROOT
 
 

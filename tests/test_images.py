@@ -14,10 +14,10 @@ from PIL import Image, UnidentifiedImageError
 
 from imagesearch import images
 from imagesearch.documents import ImageFile
-from imagesearch.images import FORMATS, image_extensions, read_image
+from imagesearch.images import FORMATS, image_extensions
 from imagesearch.paths import file_path_to_local, normalize_folder, path_from_text, path_to_text, quote_path
 from imagesearch.sources import FolderSource
-from tests.conftest import Picture, image
+from tests.conftest import Picture, image, read_image
 from tests.server import ROOT
 
 
@@ -246,10 +246,10 @@ def peak_memory(path: Path, threads: int = 2) -> float:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from concurrent.futures import ThreadPoolExecutor
-from imagesearch.images import read_image
+from imagesearch.images import open_rgb
 def read(_):
-    with open({str(path)!r}, "rb") as stream:
-        return read_image(stream).size
+    with open({str(path)!r}, "rb") as stream, open_rgb(stream) as image:
+        return image.size
 with ThreadPoolExecutor({threads}) as pool:
     list(pool.map(read, range({threads})))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -27,10 +27,8 @@ from typing import Any
 
 import numpy as np
 import obstore
-import onnx
 import onnxruntime
 from obstore.store import from_url
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -39,9 +37,9 @@ from imagesearch.cache import model_sha256
 from imagesearch.connection import Connection
 from imagesearch.documents import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_index import META_KEY, PROPERTIES, ElasticsearchIndex
-from imagesearch.images import read_image
+from imagesearch.images import open_rgb
 from imagesearch.index import Index
-from imagesearch.int8 import int8_model_path
+from imagesearch.int8 import int8_model_path, write_probe
 from imagesearch.parallel import available_cpus
 from imagesearch.retry import NO_RETRY
 from imagesearch.sources import FolderSource
@@ -114,7 +112,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 
 def rate(call: Callable[[Any], object], items: list[Any], threads: int) -> float:
-    """Returns items a second if so many threads share the calls."""
+    """Returns items a second if `threads` threads share the calls."""
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
         list(pool.map(call, items))
@@ -168,7 +166,9 @@ def int8() -> Iterator[Row]:
     same = "the same file: this CPU's kernel is not exact" if rewritten == MODEL else f"{difference:g}"
     yield Row("int8 weights: greatest difference of 16 embeddings", same, "0")
     rates: dict[str, list[float]] = {"shipped": [], "int8": [], "limit": []}
-    limit = open_session(write_product(FOLDER / "product.onnx"))
+    product = FOLDER / "product.onnx"
+    write_probe(product, random.integers(-128, 128, (768, 3072)).astype(np.int8))  # as in CLIP's MLP
+    limit = open_session(product)
     left = {"left": random.integers(0, 256, (50, 768), np.uint8)}
     for _ in range(3):  # in turn, since the machine's speed changes
         for name, session in sessions.items():
@@ -194,19 +194,6 @@ def open_session(path: Path, threads: int = 1) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def write_product(path: Path) -> Path:
-    """Writes a model of one `MatMulInteger` as CLIP's MLP has it: 50 rows of uint8 by int8 weights."""
-    weights = np.random.default_rng(1).integers(-128, 128, (768, 3072)).astype(np.int8)
-    node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
-    left = helper.make_tensor_value_info("left", TensorProto.UINT8, [50, 768])
-    product = helper.make_tensor_value_info("product", TensorProto.INT32, [50, 3072])
-    graph = helper.make_graph([node], "product", [left], [product], [numpy_helper.from_array(weights, "right")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    onnx.save(model, path)
-    return path
-
-
 @dataclass(frozen=True)
 class Rates:
     """Images a second of embedding alone and of decoding alone, each on all cores."""
@@ -224,13 +211,13 @@ def rates_alone(model: clip.Clip) -> Rates:
 
 
 def list_images(folder: Path) -> list[str]:
-    images = FolderSource(str(folder), str(FOLDER)).find_images(lambda kind: None, lambda path, reason: None)
+    images = FolderSource(str(folder), str(FOLDER)).find_images()
     return [image.location for image in images]
 
 
 def preprocess(model: clip.Clip, path: str) -> np.ndarray:
-    with open(path, "rb") as stream:
-        return model.preprocess(read_image(stream))
+    with open(path, "rb") as stream, open_rgb(stream) as image:
+        return model.preprocess(image)
 
 
 def create(model: clip.Clip, elasticsearch: dict[str, str], server_cpu: Callable[[], float]) -> Iterator[Row]:
@@ -403,7 +390,7 @@ def documents(folder: Path) -> Iterator[Document]:
     """Yields a document with a random embedding for each file below `folder`."""
     random = np.random.default_rng(1)
     source = FolderSource(str(folder), os.path.realpath(FOLDER))
-    for number, image in enumerate(source.find_images(lambda kind: None, lambda path, reason: None)):
+    for number, image in enumerate(source.find_images()):
         yield Document(image, f"{number:064x}", random.standard_normal(DIMENSIONS, np.float32))
 
 
