@@ -129,7 +129,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     assert time.monotonic() - killed > 1.9
     assert code == 1
     assert "Retrying in 1 s" in stderr and "Retrying in 2 s" not in stderr  # the last delay is cut to fit
-    assert re.search(r"Elasticsearch did not recover within \d s: .*Run the command again", stderr)
+    assert re.search(r"Elasticsearch did not recover within [23] s: .*Run the command again", stderr)
     written = counts(stderr)["new"]
     fragile.start(fragile.nodes[0])
     fragile.wait()
@@ -372,11 +372,15 @@ def wait_for_first_line(process: "subprocess.Popen[str]") -> None:
     Python installs the handler after it has told the system to ignore SIGPIPE.
     """
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        ignored, caught = (int(re.findall(rf"{name}:\s*(\w+)", status)[0], 16) for name in ("SigIgn", "SigCgt"))
-        if ignored & 1 << (signal.SIGPIPE - 1) and not caught & 1 << (signal.SIGINT - 1):
+        if signal.SIGPIPE in signals(process.pid, "SigIgn") and signal.SIGINT not in signals(process.pid, "SigCgt"):
             return
         time.sleep(0.001)
+
+
+def signals(pid: int, mask: str) -> set[int]:
+    """The signals in a process's mask: SigIgn, those it ignores, or SigCgt, those it handles."""
+    bits = int(re.findall(rf"{mask}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+    return {number for number in range(1, 65) if bits & 1 << (number - 1)}
 
 
 @pytest.mark.slow
@@ -401,7 +405,7 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scrip
         assert "Traceback" not in stderr and "KeyboardInterrupt" not in stderr, stderr
         codes.append(process.returncode)
     assert set(codes) <= {0, 130, -signal.SIGINT}, codes  # the last one, during the imports, is 130 in a shell too
-    assert 130 in codes or -signal.SIGINT in codes
+    assert 130 in codes
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -413,7 +417,7 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     process = scripts.start("create.py", *arguments)
     wait_until(lambda: (count(scripts) if "ES_URL" in scripts.environment else rows(home / "index.db")) > 0)
     process.send_signal(signal_)
-    ended, stderr = end(process)
+    ended, stderr = end(process, seconds=20)
     written = counts(stderr).get("new", 0)
     if written == MANY:
         pytest.skip("this machine was done before it could be interrupted")
@@ -432,12 +436,12 @@ def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Pa
         read_until(process, "Interrupted")
         assert process.poll() is None  # the answer to what it has sent is waited for
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == -signal.SIGINT  # which a shell shows as 130
+        assert process.wait(timeout=3) == -signal.SIGINT  # which a shell shows as 130
     finally:
         os.killpg(fragile.nodes[0].process.pid, signal.SIGCONT)
 
 
-def test_ctrl_c_writes_what_is_embedded_although_nobody_reads_stderr(local: Scripts, many: Path) -> None:
+def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts, many: Path) -> None:
     """As with `2>&1 | tee log`, which the same Ctrl-C ends first."""
     local.folder, home = many, local.folder
     process = local.start("create.py", "--model", "thumbnail", "--db", home / "index.db")
@@ -454,15 +458,17 @@ def test_ctrl_c_writes_what_is_embedded_although_nobody_reads_stderr(local: Scri
 def test_an_interruption_ends_the_retries(fragile: Cluster, many: Path, tmp_path: Path) -> None:
     scripts = scripts_on(fragile, many, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
-    wait_until(lambda: count(scripts) > 200)
+    wait_until(lambda: count(scripts) > 400)  # what was not confirmed before the kill is not counted
     fragile.kill(fragile.nodes[0])
     try:
         read_until(process, "Retrying in 4 s")
+        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         code, stderr = end(process)
         assert code == 130, stderr
+        assert time.monotonic() - started < 3  # the 4 s are cut short
         assert "Retrying" not in stderr  # after the one that was read
-        assert 0 < counts(stderr)["new"] < MANY
+        assert 200 < counts(stderr)["new"] < MANY
     finally:
         fragile.start(fragile.nodes[0])
         fragile.wait()

@@ -58,6 +58,11 @@ def test_redirects_are_not_followed(status: int, elastic: Scripts, server: Serve
             assert done.returncode == 2 and done.stdout == ""
             assert f"redirects to https://db.example.com:9243 (HTTP {status}): set ES_URL to that" in done.stderr
             assert "hunter2" not in done.stderr
+    with proxy(server, lambda method, path, body: (status, {"Location": "/login?token=hunter2"}, b"")) as url:
+        done = elastic.run("search.py", path, ES_URL=url)
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"a proxy answers for it: it redirects to another path (HTTP {status}). Check ES_URL." in done.stderr
+        assert "hunter2" not in done.stderr
     with proxy(server, lambda method, path, body: (status, moved, b"") if method == "POST" else None) as url:
         done = elastic.run("search.py", path, ES_URL=url)  # the search alone is redirected
         assert done.returncode == 2 and done.stdout == ""

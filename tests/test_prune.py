@@ -1,7 +1,6 @@
 """--prune deletes what is gone, and nothing because of where it is run."""
 
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import Picture, Scripts
-from tests.test_faults import end, rows, wait_until
+from tests.test_faults import end, rows, signals, wait_until
 from tests.test_scripts import counts
 
 
@@ -95,8 +94,7 @@ def test_what_was_deleted_before_an_interruption_is_counted(local: Scripts, pict
 
 def is_waiting(pid: int) -> bool:
     """True if a script that handles SIGTERM, which it does from the beginning of its work, uses no CPU."""
-    caught = int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
-    if not caught & 1 << (signal.SIGTERM - 1):
+    if signal.SIGTERM not in signals(pid, "SigCgt"):
         return False
 
     def cpu_ticks() -> list[str]:
