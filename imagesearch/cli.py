@@ -157,7 +157,7 @@ def connect(arguments: argparse.Namespace) -> "Connection | None":
 
 
 def say(text: str) -> None:
-    """Prints one line for the user, on stderr, if anybody still reads it."""
+    """Prints one line for the user, on stderr; if its reader has closed it, nothing."""
     with suppress(BrokenPipeError):
         print(text, file=sys.stderr)
 

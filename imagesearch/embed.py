@@ -39,7 +39,7 @@ def embed_images(
     """Yields what is to be written for each image, in order.
 
     `changed` has each image with what the index holds of it, None for a new one. The embedding of
-    content that is in the index, or was embedded a moment ago, is copied. `on_error` is called for
+    content that is in the index, or was embedded earlier in this run, is copied. `on_error` is called for
     each image that cannot be read. Memory is bounded, however many images there are.
     """
     cpus = available_cpus()

@@ -67,6 +67,6 @@ def query_name(query: str) -> str:
         return query
     scheme, _, rest = query.partition("://")
     credentials, at, host_and_path = rest.rpartition("@")
-    if at and re.search("[/?#]", credentials):  # nobody knows where such a password ends
+    if at and re.search("[/?#]", credentials):  # where such a password ends is unknown
         return f"{scheme}://…"
     return f"{scheme}://{re.split('[?#]', host_and_path)[0]}"

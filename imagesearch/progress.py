@@ -54,7 +54,7 @@ class Progress:
         self._bar = tqdm(total=total, desc=self._status(), bar_format=layout, ncols=columns - 1, mininterval=0.2)
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar, if anybody still reads it."""
+        """Prints a line above the bar; nothing if the reader of stderr has closed it."""
         with contextlib.suppress(BrokenPipeError):
             tqdm.write(text, file=sys.stderr)
 
