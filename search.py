@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-# ruff: noqa: E402
 """Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each IMAGE."""
 
-import signal
-
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, from here on
-
-from imagesearch import cli
-
-cli.start()  # before the imports that take long
+from imagesearch.start import run
 
 import argparse
 import difflib
+import functools
 import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from imagesearch.embed import embed_queries
-from imagesearch.errors import UsageError
+from imagesearch import cli
+from imagesearch.documents import IndexMetadata, ModelInfo, Unreadable
+from imagesearch.embed import Query, embed_queries
+from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
-from imagesearch.models import load_index_model
-from imagesearch.parallel import available_cpus
-from imagesearch.paths import index_folder, path_to_text, query_name, quote_path
+from imagesearch.models import Model, check_version, load_index_model
+from imagesearch.parallel import available_cpus, map_buffered
+from imagesearch.paths import path_to_text, query_name, quote_path
 from imagesearch.results_page import Page, check_page_path
 from imagesearch.sources import open_query
 
@@ -32,49 +34,47 @@ EXAMPLES = """\
                                                    a page with the twelve nearest
   python3 search.py https://example.com/a.jpg s3://birds/b.jpg - < c.jpg
                                                    images from the web, a bucket and standard input
-  python3 search.py *.jpg | jq '.hits.hits[0].fields.file_path[0]'
+  python3 search.py @names.txt | jq '.hits.hits[0].fields.file_path[0]'
+                                                   images whose names are in a file, one a line
 """
 
 MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 
 
+@dataclass(frozen=True)
+class Result:
+    """Elasticsearch's response to a query, or an error in the same form."""
+
+    query: str
+    response: dict[str, Any]
+
+
 def main() -> int:
     arguments = parse_arguments()
-    code = 0
+    is_complete = True
     with open_index(arguments.index, cli.connect(arguments), arguments.db) as index:
-        metadata = index.get_metadata()
-        if metadata is None:
-            raise UsageError(
-                f"There is no index {arguments.index} yet: make it with create.py, or use --index with another name."
-            )
-        threads = available_cpus() if len(arguments.image) == 1 else 1
-        model = load_index_model(metadata.model, arguments.model, threads)
-        page = Page(arguments.html, index, path_to_text(index_folder(metadata.folder))) if arguments.html else None
-        opener = page.open_query if page else open_query
-        for query, embedding in embed_queries(arguments.image, opener, model):
-            if isinstance(embedding, str):
-                reason = f"Cannot read {quote_path(query_name(query))}: {embedding}"
-                cli.say(reason)
-                response = {"error": {"type": "image_error", "reason": reason}, "status": 400}
-                code = 1
-            else:
-                response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score)
-                code |= check_response(response, index, arguments)
-            cli.write_line(json.dumps(response))
+        metadata = get_metadata(index, arguments)
+        page = open_page(index, metadata, arguments) if arguments.html else None
+        get_model = model_loader(metadata.model, arguments)
+        queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
+        for result in search_all(queries, index, arguments):
+            cli.write_line(json.dumps(result.response, ensure_ascii=False))
+            is_complete &= explain(result)
             if page:
-                page.add(query, response)
+                page.add(result.query, result.response)
         if page and page.write():
             cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
-    return code
+    return 0 if is_complete else 1
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, EXAMPLES)
+    parser = cli.Parser(__doc__, EXAMPLES, fromfile_prefix_chars="@")
     parser.add_argument(
         "image",
         metavar="IMAGE",
         nargs="+",
-        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input",
+        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input;"
+        " @FILE reads such names from FILE, one a line",
     )
     parser.add_argument("-k", metavar="N", type=number_of_images, default=1, help="how many images (default: 1)")
     parser.add_argument("--desc", metavar="NAME", type=path_to_text, help="only images of this class (their folder)")
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
     parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.image.count("-") > 1:
         parser.error("argument IMAGE: standard input (-) can be read only once")
     if arguments.html is not None:
@@ -92,8 +92,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def number_of_images(text: str) -> int:
     """Returns the number of -k, which Elasticsearch limits."""
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_K):
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_K}")
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MAX_K:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_K:,}")
     return int(text)
 
 
@@ -105,27 +105,96 @@ def score(text: str) -> float:
     raise argparse.ArgumentTypeError("must be a number from 0 to 1")
 
 
-def check_response(response: dict[str, Any], index: Index, arguments: argparse.Namespace) -> int:
-    """Says what is missing from a response; returns the exit code. Raises UsageError if the index is empty."""
-    if response["_shards"]["failed"] or response["timed_out"]:
-        cli.say("Warning: some shards failed or timed out; there may be nearer images.")
-        return 1
-    if response["hits"]["hits"] or (arguments.desc is None and arguments.min_score is not None):
-        return 0
+def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
+    """Returns what the index records about itself. Raises UsageError if there is no such index."""
+    if metadata := index.get_metadata():
+        check_version(metadata.model)
+        if sys.stderr.isatty():
+            cli.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+        return metadata
+    others = ", ".join(f"{name} ({model})" for name, model in index.list_indexes().items())
+    if others:
+        raise UsageError(
+            f"There is no index {arguments.index} in {index.location}, but there are: {others}. Use --index."
+        )
+    raise UsageError(
+        f"There is no index {arguments.index} in {index.location}: make it with create.py, or, for a local index file"
+        " in another folder, use --db."
+    )
+
+
+def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespace) -> Page:
+    """Returns the page that ``--html`` asks for."""
+    limits = [] if arguments.desc is None else [f" of class {arguments.desc}"]
+    limits += [] if arguments.min_score is None else [f" with a score of at least {arguments.min_score:g}"]
+    return Page(arguments.html, index, arguments.index, metadata, "".join(limits))
+
+
+def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
+    """Returns a function that loads the index's model: at once if ``--model`` is given, so that it is checked."""
+    threads = available_cpus() if len(arguments.image) == 1 else 1
+    load = functools.cache(lambda: load_index_model(info, arguments.model, threads))
+    if arguments.model:
+        load()
+    return load
+
+
+def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Namespace) -> Iterator[Result]:
+    """Yields the result of each query, in order; several searches are under way at a time."""
+
+    def search(query: Query) -> Result:
+        if isinstance(query.embedding, Unreadable):
+            reason = f"Cannot read {quote_path(query_name(query.name))}: {query.embedding.reason}"
+            return Result(query.name, {"error": {"type": "image_error", "reason": reason}, "status": 400})
+        response = index.search(query.embedding, arguments.k, arguments.desc, arguments.min_score)
+        return Result(query.name, response)
+
+    with ThreadPoolExecutor(index.max_searches) as pool:
+        for result in map_buffered(pool, search, queries, 2 * index.max_searches):
+            if "hits" in result.response and not result.response["hits"]["hits"]:
+                check_class(index, arguments)
+            yield result
+
+
+def check_class(index: Index, arguments: argparse.Namespace) -> None:
+    """Raises UsageError if the index is empty, ImageSearchError if it has no such class: then nothing can be found."""
+    if arguments.desc is None and arguments.min_score is not None:
+        return
     classes = index.count_classes()
     if not classes:
         raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
-    if arguments.desc in classes:  # with no image that scores enough
-        return 0
-    spellings = {name.casefold(): name for name in classes}
-    similar = difflib.get_close_matches((arguments.desc or "").casefold(), spellings, cutoff=0.5)
+    if arguments.desc is None or arguments.desc in classes:
+        return
+    wanted = comparable(arguments.desc)
+    spellings = {comparable(name): name for name in classes}
+    similar = [wanted] if wanted in spellings else difflib.get_close_matches(wanted, spellings, cutoff=0.5)
     hint = f"; did you mean {' or '.join(quote_path(spellings[name]) for name in similar)}?" if similar else "."
-    cli.say(
-        f"The index {arguments.index} has no image of class {quote_path(arguments.desc or '')}"
-        f" among its {len(classes):,} classes{hint}"
+    raise ImageSearchError(
+        f"The index {arguments.index} has no image of class {quote_path(arguments.desc)} among its {len(classes):,}"
+        f" {'class' if len(classes) == 1 else 'classes'}{hint} An image's class is the innermost folder it is in."
     )
-    return 0
+
+
+def comparable(name: str) -> str:
+    """Returns a class's name without the differences that are hard to see: of case, or in how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def explain(result: Result) -> bool:
+    """Tells the user what the JSON does not show at a glance; returns False if the query was not answered in full."""
+    if "error" in result.response:
+        if not sys.stdout.isatty():  # where it stands already
+            cli.say(result.response["error"]["reason"])
+        return False
+    if sys.stdout.isatty():
+        for hit in result.response["hits"]["hits"]:
+            fields = hit["fields"]
+            cli.say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
+    if result.response["_shards"]["failed"] or result.response["timed_out"]:
+        cli.say("Warning: some shards failed or timed out; there may be nearer images.")
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

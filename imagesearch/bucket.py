@@ -3,24 +3,25 @@
 import contextlib
 import errno
 import functools
-import io
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError
+from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import from_url
 
-from imagesearch.documents import ImageFile
-from imagesearch.errors import UsageError, describe_error
-from imagesearch.images import OnError, OnSkip, check_size, content_memory, ignore, image_extensions
-from imagesearch.paths import BUCKET_URL, quote_path
+from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
+from imagesearch.documents import ImageFile, OpenedImage, Unreadable
+from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.images import image_extensions
+from imagesearch.parallel import batch_until_error
+from imagesearch.paths import quote_path
+from imagesearch.report import SILENT, Report
 from imagesearch.retry import RetryableError, RetryPolicy
 
 Result = TypeVar("Result")
@@ -28,17 +29,22 @@ Result = TypeVar("Result")
 # obstore's own retries cover brief failures; RetryPolicy, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 # For a whole request, whose default of 30 seconds is too short for many large objects at once; and without any data.
-TIMEOUTS = {
-    f"{store}_{name}": value
-    for store in ("AWS", "GOOGLE", "AZURE")
-    for name, value in (("TIMEOUT", "10m"), ("READ_TIMEOUT", "30s"))
-}
-HEAD_THREADS = 32
+# As variables: client_options would replace all of the user's own.
+for _store in ("AWS", "GOOGLE", "AZURE"):
+    os.environ.setdefault(f"{_store}_TIMEOUT", "10m")
+    os.environ.setdefault(f"{_store}_READ_TIMEOUT", "30s")
+LIST_CHUNK_SIZE = 1000  # objects
+HEAD_THREADS, HEAD_BATCH_SIZE = 32, 1000
 
 CREDENTIALS_HINT = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, and AWS_ENDPOINT_URL unless it is AWS",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_HTTP_HINT = {
+    "s3": "set AWS_ALLOW_HTTP=true",
+    "gs": "set GOOGLE_ALLOW_HTTP=true",
+    "az": "set AZURE_ALLOW_HTTP=true",
 }
 _BAD_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 _METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")  # asked for credentials if none are set
@@ -47,6 +53,8 @@ _METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")  # asked for
 class BucketSource:
     """A `Source` of the objects below a URL such as ``s3://birds/photos``; prefixes are its folders."""
 
+    readers_per_cpu = 2.0  # reading is mostly waiting
+
     def __init__(self, url: str, retry: RetryPolicy) -> None:
         self._bucket_url, self._prefix = _split_url(url)
         self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
@@ -54,46 +62,70 @@ class BucketSource:
         self._retry = retry
 
     def check(self) -> None:
-        hint = _credentials_hint(self._bucket_url)
         try:
             _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
         except RetryableError as error:
-            raise UsageError(f"The bucket cannot be reached: {error}. Check {hint}.") from None
+            raise ImageSearchError(f"The bucket cannot be reached: {error}. {error.hint}") from None
         except OSError as error:
+            hint = _credentials_hint(self._bucket_url)
             raise UsageError(f"{quote_path(self.name)}: {describe_error(error)}. Check {hint}.") from None
+        except InvalidKeyError:  # find_images reports it
+            pass
 
-    def find_images(self, on_skip: OnSkip = ignore, on_error: OnError = ignore) -> Iterator[ImageFile]:
-        for objects in self._list(None):
-            for meta in objects:
-                key = meta["path"]
-                below = key.removeprefix(self._prefix + "/") if self._prefix else key
-                extension = posixpath.splitext(key)[1].lower()
-                if any(part.startswith(".") for part in below.split("/")):
-                    on_skip("hidden")
-                elif extension not in image_extensions():
-                    on_skip(extension or "without extension")
-                else:
-                    desc = posixpath.basename(posixpath.dirname(key)) or self._bucket_url.rpartition("/")[2]
-                    file_path = f"{self._bucket_url}/{key}"
-                    yield ImageFile(key, file_path, desc, meta["size"], _mtime(meta["last_modified"]))
+    def find_images(self, report: Report = SILENT) -> Iterator[ImageFile]:
+        found: set[int] = set()
+        for meta in self._list(report):
+            key = meta["path"]
+            below = key.removeprefix(self._prefix + "/") if self._prefix else key
+            extension = posixpath.splitext(key)[1].lower()
+            file_path = f"{self._bucket_url}/{key}"
+            if any(part.startswith(".") for part in below.split("/")):
+                report.count_skipped("hidden")
+            elif extension not in image_extensions():
+                report.count_skipped(extension or "without extension")
+            elif meta["size"] == 0:  # some tools make such objects as folders; obstore drops the slash at their end
+                report.count_skipped("empty object")
+            elif hash(key) in found:
+                report.count_unreadable(
+                    file_path, "there are several such keys, with and without slashes at their ends; rename them"
+                )
+            else:
+                found.add(hash(key))
+                desc = posixpath.basename(posixpath.dirname(key)) or self._bucket_url.rpartition("/")[2]
+                yield ImageFile(key, file_path, desc, meta["size"], _mtime(meta["last_modified"]))
 
     @contextlib.contextmanager
-    def open_image(self, image: ImageFile) -> Iterator[tuple[ImageFile, BinaryIO]]:
-        with _open(self._bucket_url, image.location, image.size, self._retry) as (size, mtime, stream):
-            yield replace(image, size=size, mtime=mtime), stream
+    def open_images(self, images: Sequence[ImageFile]) -> Iterator[list[OpenedImage | Unreadable]]:
+        def read(image: ImageFile) -> OpenedImage | Unreadable:
+            try:
+                return _read(self._bucket_url, image.location, self._retry)
+            except FileNotFoundError:
+                reason = "No such object: it was deleted, or its key begins or ends with a slash; then rename it"
+                return Unreadable(image.file_path, reason)
+            except (OSError, ValueError) as error:
+                return Unreadable(image.file_path, describe_error(error))
 
-    def find_gone(self, file_paths: Sequence[str]) -> set[str]:
-        keys = [file_path.removeprefix(self._bucket_url + "/") for file_path in file_paths]
-        listed: set[str] = set()
-        for objects in self._list(keys[0]):  # which begins after that key
-            listed.update(meta["path"] for meta in objects)
-            if objects[-1]["path"] >= keys[-1]:
-                break
-        # A listing alone is no proof: some stores do not list in order.
-        missing = [key for key in keys if key not in listed]
-        with ThreadPoolExecutor(HEAD_THREADS) as pool:
-            gone = pool.map(self._is_gone, missing)
-            return {f"{self._bucket_url}/{key}" for key, is_gone in zip(missing, gone, strict=True) if is_gone}
+        # All at once: if each object were to wait for room, two chunks could wait for each other.
+        needed = sum(min(image.size, MAX_CONTENT_BYTES) for image in images)
+        with content_memory.reserve(needed):
+            with ThreadPoolExecutor(max(1, len(images))) as pool:
+                opened = list(pool.map(read, images))
+            yield opened
+
+    def find_gone(self, file_paths: Iterable[str]) -> Iterator[str]:
+        listing = self._list(SILENT)  # once, alongside the sorted paths
+        listed, last = {""}, ""
+        for batch in batch_until_error(file_paths, HEAD_BATCH_SIZE):
+            keys = [file_path.removeprefix(self._bucket_url + "/") for file_path in batch]
+            while last < keys[-1] and (meta := next(listing, None)):
+                last = meta["path"]
+                listed.add(last)
+            # A listing alone is no proof: some stores do not list in order.
+            missing = [key for key in keys if key not in listed]
+            with ThreadPoolExecutor(HEAD_THREADS) as pool:
+                are_gone = pool.map(self._is_gone, missing)
+                yield from (f"{self._bucket_url}/{key}" for key, gone in zip(missing, are_gone, strict=True) if gone)
+            listed = {last}
 
     def _is_gone(self, key: str) -> bool:
         try:
@@ -102,70 +134,119 @@ class BucketSource:
             return isinstance(error, FileNotFoundError)
         return False
 
-    def _list(self, offset: str | None) -> Iterator[Sequence[Any]]:
-        """Yields the metadata of the objects below the prefix, in chunks; after the key `offset`, if given."""
+    def _list(self, report: Report) -> Iterator[Any]:
+        """Yields the metadata of the objects below the prefix, ordered by their keys."""
+        last = ""
+        try:
+            for meta in self._list_flat(self._prefix, ""):
+                last = meta["path"]
+                yield meta
+        except InvalidKeyError:
+            yield from self._list_by_folder(self._prefix, last, report)
+
+    def _list_flat(self, prefix: str, offset: str) -> Iterator[Any]:
+        """Yields the metadata of the objects below `prefix` whose keys are after `offset`, in their order."""
         stream: Iterator[Sequence[Any]] | None = None
 
         def next_chunk() -> Sequence[Any] | None:
             nonlocal stream
             try:
-                stream = stream or iter(obstore.list(self._store, self._prefix or None, offset=offset))
+                if stream is None:
+                    stream = iter(
+                        obstore.list(self._store, prefix or None, offset=offset or None, chunk_size=LIST_CHUNK_SIZE)
+                    )
                 return next(stream, None)
             except BaseException:
                 stream = None  # the next attempt lists from the last key on
                 raise
 
-        while chunk := _call(next_chunk, self._bucket_url, self._retry):
-            yield chunk
+        while chunk := self._call_interruptibly(next_chunk):
+            yield from chunk
             offset = chunk[-1]["path"]
+
+    def _list_by_folder(self, prefix: str, offset: str, report: Report) -> Iterator[Any]:
+        """Yields what `_list_flat` yields, but for the folders with an invalid key: obstore drops a page that has one.
+
+        Of such a folder, what comes after the key is yielded, and `report` is told of the key.
+        """
+        try:
+            listing = self._call_interruptibly(lambda: obstore.list_with_delimiter(self._store, prefix or None))
+        except InvalidKeyError as error:
+            report.count_unreadable(
+                f"{self._bucket_url}/{error.key}",
+                f"obstore cannot read keys with {error.problem}; up to 1,000 objects listed with it are skipped, too:"
+                " rename it",
+            )
+            try:
+                yield from self._list_flat(prefix, max(offset, error.next_key))
+            except InvalidKeyError as another:
+                yield from self._list_by_folder(prefix, max(offset, error.next_key, another.next_key), report)
+            return
+        yield from (meta for meta in listing["objects"] if meta["path"] > offset)
+        for folder in listing["common_prefixes"]:
+            if folder:  # of keys that begin with a slash, which are listed without it
+                yield from self._list_by_folder(folder, offset, report)
+
+    def _call_interruptibly(self, function: Callable[[], Result]) -> Result:
+        service = f"The bucket {self._bucket_url}"
+        return self._retry.call_interruptibly(service, lambda: _translated(function, self._bucket_url))
+
+
+class InvalidKeyError(Exception):
+    """A bucket has a key that obstore cannot read."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+        match = re.search(r"[\x00-\x1f\x7f]|(?:^|(?<=/))(?:\.{0,2})(?=/|$)", key)
+        bad = match[0] if match else ""
+        self.problem = "control characters" if bad and bad[0] not in "." else "a part that is empty, '.' or '..'"
+        # The first key after those with the same beginning.
+        start = match.start() if match else len(key)
+        self.next_key = key[:start] + (" " if self.problem == "control characters" else bad + "0")
 
 
 @contextlib.contextmanager
-def open_object(url: str, retry: RetryPolicy) -> Iterator[tuple[int, int, BinaryIO]]:
-    """Yields size in bytes, mtime in nanoseconds and content of the object with this URL.
+def open_object(url: str, retry: RetryPolicy) -> Iterator[OpenedImage]:
+    """Yields the object with this URL.
 
     Raises OSError or ValueError if it cannot be read, ImageSearchError if the bucket cannot be reached.
     """
     bucket_url, key = _split_url(url)
     meta = _call(lambda: obstore.head(_open_store(bucket_url), key), bucket_url, retry, is_one_object=True)
-    with _open(bucket_url, key, meta["size"], retry) as found:
-        yield found
+    check_size(meta["size"])
+    with content_memory.reserve(meta["size"]):
+        yield _read(bucket_url, key, retry)
 
 
-def _split_url(url: str) -> tuple[str, str]:
-    """Returns the bucket's URL and the key or prefix after it, which is not percent-encoded."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, key = rest.partition("/")
-    if not bucket or not BUCKET_URL.match(url):
-        raise UsageError(f"{quote_path(url)} names no bucket: it must look like s3://bucket/folder.")
-    return f"{scheme}://{bucket}", key.strip("/")
-
-
-@functools.cache
-def _open_store(bucket_url: str) -> Any:
-    for name, value in TIMEOUTS.items():  # as client_options, they would replace all of the user's own variables
-        os.environ.setdefault(name, value)
-    try:
-        return from_url(bucket_url, retry_config=RETRY_CONFIG)
-    except (BaseError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{bucket_url} cannot be opened ({_short_reason(error)}): check {_credentials_hint(bucket_url)}."
-        ) from None
-
-
-@contextlib.contextmanager
-def _open(bucket_url: str, key: str, size: int, retry: RetryPolicy) -> Iterator[tuple[int, int, BinaryIO]]:
-    """Yields size, mtime and content of an object, which had `size` bytes when it was found."""
+def _read(bucket_url: str, key: str, retry: RetryPolicy) -> OpenedImage:
+    """Returns an object. Raises as `open_object` does."""
 
     def get() -> tuple[Any, bytes]:
         result = obstore.get(_open_store(bucket_url), key)
         check_size(result.meta["size"])
         return result.meta, bytes(result.bytes())
 
-    check_size(size)
-    with content_memory.reserve(size):
-        meta, content = _call(get, bucket_url, retry, is_one_object=True)
-        yield meta["size"], _mtime(meta["last_modified"]), io.BytesIO(content)
+    meta, content = _call(get, bucket_url, retry, is_one_object=True)
+    return opened_from_memory(f"{bucket_url}/{key}", content, _mtime(meta["last_modified"]))
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """Returns the bucket's URL and the key or prefix after it, which is not percent-encoded."""
+    match = re.fullmatch(r"(\w+)://([A-Za-z0-9$][A-Za-z0-9._-]*)(?:/(.*))?", url, re.DOTALL | re.ASCII)
+    if not match:  # not echoed: it may hold a password
+        raise UsageError("The URL of a bucket must look like s3://bucket/folder, without a user, port, ? or #.")
+    return f"{match[1].lower()}://{match[2]}", (match[3] or "").strip("/")
+
+
+@functools.cache
+def _open_store(bucket_url: str) -> Any:
+    try:
+        return from_url(bucket_url, retry_config=RETRY_CONFIG)
+    except (BaseError, OSError, ValueError) as error:
+        raise UsageError(
+            f"{bucket_url} cannot be opened ({_short_reason(error)}): check {_credentials_hint(bucket_url)}."
+        ) from None
 
 
 def _call(function: Callable[[], Result], bucket_url: str, retry: RetryPolicy, is_one_object: bool = False) -> Result:
@@ -184,42 +265,41 @@ def _mtime(last_modified: datetime) -> int:
 def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: bool = False) -> Result:
     """Returns ``function()`` with obstore's errors, which show XML and a debug dump, translated.
 
-    Raises UsageError for what waiting does not change, OSError if that concerns one object only, and
-    RetryableError for the rest.
+    Raises UsageError or ImageSearchError for what waiting does not change, OSError if that concerns one object only,
+    InvalidKeyError for a key that obstore cannot read, and RetryableError for the rest.
     """
-    hint = _credentials_hint(bucket_url)
     try:
         return function()
     except (BaseError, FileNotFoundError, ValueError) as error:
-        text, reason = str(error), _short_reason(error)
-        if "NoSuchBucket" in text:
-            raise UsageError(f"There is no bucket {bucket_url} ({reason}).") from None
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        has_bad_credentials = any(code in text for code in _BAD_CREDENTIALS) or reason.startswith("HTTP 401")
-        if isinstance(error, PermissionDeniedError) and not has_bad_credentials:
-            raise PermissionError(errno.EACCES, f"access denied ({reason})") from None
-        if key := re.search(r'[Pp]ath "([^"]*)"', text if isinstance(error, InvalidPathError | ValueError) else ""):
-            raise UsageError(
-                f"{bucket_url}: the key {quote_path(key[1])} has a part that is empty, '.' or '..', which obstore"
-                " cannot read: rename the object, or use --images with another folder of the bucket."
-            ) from None
-        if not isinstance(error, BaseError):
-            raise
-        if any(server in text for server in _METADATA_SERVERS):
-            raise UsageError(f"No credentials for {bucket_url}: set {hint}.") from None
-        if "BadScheme" in text:
-            raise UsageError(
-                f"{bucket_url} cannot be reached: AWS_ENDPOINT_URL must begin with https://, or with http:// and"
-                " AWS_ALLOW_HTTP=true."
-            ) from None
-        if reason == "HTTP 404":
-            raise UsageError(f"There is no bucket {bucket_url}, or no object store answers ({reason}).") from None
-        if re.match(r"HTTP 4(?!08|29)", reason):
-            if is_one_object and not has_bad_credentials:  # encrypted with a key of its own, for example
-                raise OSError(f"the store refuses to send it ({reason})") from None
-            raise UsageError(f"{bucket_url} denied access ({reason}): check {hint}.") from None
-        raise RetryableError(f"no answer from {bucket_url} ({reason})") from None
+        raise _translate(error, bucket_url, is_one_object) from None
+
+
+def _translate(error: Exception, bucket_url: str, is_one_object: bool) -> Exception:
+    """Returns the exception to raise in place of one of obstore's."""
+    text, reason, hint = str(error), _short_reason(error), _credentials_hint(bucket_url)
+    if key := re.search(r'Error parsing Path "(.*?)": ', text, re.DOTALL):
+        return OSError("obstore cannot read such keys") if is_one_object else InvalidKeyError(key[1])
+    if isinstance(error, ValueError):  # of content that is too large, for example
+        return error
+    has_bad_credentials = any(code in text for code in _BAD_CREDENTIALS) or reason.startswith("HTTP 401")
+    if re.search("NoSuchBucket|ContainerNotFound", text):
+        return UsageError(f"There is no bucket {bucket_url} ({reason}).")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if isinstance(error, PermissionDeniedError) and not has_bad_credentials:
+        return PermissionError(errno.EACCES, f"access denied ({reason})")
+    if any(server in text for server in _METADATA_SERVERS):
+        return UsageError(f"No credentials for {bucket_url}: set {hint}.")
+    if "BadScheme" in text:
+        variables = _HTTP_HINT[bucket_url.partition(":")[0]]
+        return UsageError(f"{bucket_url} cannot be reached over http://: {variables}, or use https://.")
+    if reason == "HTTP 404":
+        return UsageError(f"There is no bucket {bucket_url}, or no object store answers ({reason}).")
+    if re.match(r"HTTP 4(?!08|29)", reason):
+        if is_one_object and not has_bad_credentials:  # encrypted with a key of its own, for example
+            return OSError(f"the store refuses to send it ({reason})")
+        return UsageError(f"{bucket_url} denied access ({reason}): check {hint}.")
+    return RetryableError(f"no answer from {bucket_url} ({reason})", f"Check {hint}.")
 
 
 def _credentials_hint(bucket_url: str) -> str:

@@ -1,46 +1,18 @@
 """Files that are made once for each model and kept: hashes and rewritten models."""
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STALE_SECONDS = 3600
+from imagesearch.files import atomic_write, file_sha256
 
 
 def cache_folder() -> Path:
     """Returns `imagesearch` in the user's cache folder; it may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagesearch"
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which replaces `path` when the block succeeds.
-
-    So `path` is never seen half-written, whoever else reads or writes it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent, f"{glob.escape(path.name)}.*.tmp")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_stale(folder: Path, pattern: str) -> None:
-    """Removes the temporary files that a killed process has left."""
-    for temporary in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
-                temporary.unlink()
 
 
 def model_sha256(path: Path) -> str:
@@ -68,12 +40,6 @@ def model_sha256(path: Path) -> str:
 def _identity(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of the file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _external_data(path: Path) -> list[str]:

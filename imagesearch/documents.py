@@ -1,16 +1,24 @@
-"""The records that pass between embedding and index."""
+"""The records of a picture's way from its source to the index."""
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 DIMENSIONS = 768  # of an embedding
+SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
+Embedding = NDArray[np.float32]  # shape (768,)
 
 # Version of everything between a file and the model's input (images.py, clip.py, embed.py). Increment it
 # if a change there changes an embedding: existing indexes are then refused, not mixed.
-PREPROCESSING = 2
+PREPROCESSING = 3
+
+
+def document_id(file_path: str) -> str:
+    """Returns the ``_id`` of the document for `file_path`: its SHA-256 in hex."""
+    return hashlib.sha256(file_path.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,11 @@ class ModelInfo:
     model: str
     sha256: str = ""
     preprocessing: int = PREPROCESSING
+
+    @property
+    def description(self) -> str:
+        """The model as messages name it."""
+        return "the model thumbnail (a baseline, not CLIP)" if self.model == "thumbnail" else f"the model {self.model}"
 
     def is_compatible(self, other: "ModelInfo") -> bool:
         """Returns True if both make the same embeddings; an ONNX model is identified by its hash alone."""
@@ -58,10 +71,10 @@ class ImageFile:
     size: int
     mtime: int
     id: str = field(init=False)
-    """The document's ``_id``: the SHA-256 of `file_path` in hex."""
+    """The document's ``_id``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", hashlib.sha256(self.file_path.encode()).hexdigest())
+        object.__setattr__(self, "id", document_id(self.file_path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +87,39 @@ class FileMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """An image that may have to be embedded, with what the index holds of it, None for a new one."""
+
+    image: ImageFile
+    indexed: FileMetadata | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """The content of a file, an object or a query, with its metadata as it was read.
+
+    `path` is its name in messages, `size` is in bytes, `mtime` in nanoseconds since 1970, 0 if there is none,
+    `sha256` in hex.
+    """
+
+    path: str
+    stream: BinaryIO
+    size: int
+    mtime: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A document to write: an image that is new, or whose content changed.
 
-    `embedding` has shape (768,) and dtype float32. `is_update` is True if it replaces a document,
-    `is_copy` if its embedding was reused, from the index or from earlier in this run.
+    `is_update` is True if it replaces a document, `is_copy` if its embedding was known: it is that of
+    the same content, in the index or earlier in this run.
     """
 
     image: ImageFile
     sha256: str
-    embedding: NDArray[np.float32]
+    embedding: Embedding
     is_update: bool = False
     is_copy: bool = False
 
@@ -93,3 +129,11 @@ class MetadataUpdate:
     """An image whose size or mtime changed but whose content is what the index holds: its embedding stays."""
 
     image: ImageFile
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image or a query that cannot be read or embedded, and why."""
+
+    path: str
+    reason: str

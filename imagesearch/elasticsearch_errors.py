@@ -6,6 +6,7 @@ from http.client import RemoteDisconnected
 from typing import Any
 from urllib.parse import urlsplit
 
+import orjson
 import requests
 
 from imagesearch.connection import Connection
@@ -43,7 +44,18 @@ def is_missing_index(body: dict[str, Any]) -> bool:
 
 def deleted_index_error(index: str) -> ImageSearchError:
     """Returns the error for an index that existed when the run began."""
-    return ImageSearchError(f"The index {index} was deleted during the run. Run the command again to create a new one.")
+    return ImageSearchError(
+        f"The index {index} was deleted during the run, with all that was written to it. Run the command again to"
+        " create a new one."
+    )
+
+
+def moved_index_error(index: str) -> ImageSearchError:
+    """Returns the error for a name that pointed to another index when the run began."""
+    return ImageSearchError(
+        f"{index} no longer points to the index that it pointed to before; what was written since may be in either."
+        " Run the command again."
+    )
 
 
 def error_reason(body: dict[str, Any]) -> str:
@@ -56,38 +68,12 @@ def error_reason(body: dict[str, Any]) -> str:
 
 
 def hint(body: dict[str, Any]) -> str:
-    """Returns what the user can do about an error response."""
+    """Returns what the user can do about an error response, with a space before it; empty if that is not known."""
     if "cluster_block_exception" in str(body.get("error")):
-        return "Free disk space on the server or remove the index's block, then run the command again."
+        return " Free disk space on the server or remove the index's block, then run the command again."
     if "security_exception" in str(body.get("error")):
-        return PRIVILEGES_HINT
-    return "Fix this, then run the command again."
-
-
-def translate_error(error: Exception, connection: Connection, index: str) -> Exception:
-    """Returns the exception to raise in place of one of the elasticsearch client's (ApiError, TransportError).
-
-    A RetryableError if waiting may help, otherwise an ImageSearchError with a hint.
-    """
-    from elasticsearch import ApiError, ConnectionError, ConnectionTimeout
-
-    if isinstance(error, ApiError):
-        body = error.body if isinstance(error.body, dict) else {}
-        reason = error_reason(body) if body else f"HTTP {error.status_code}"
-        if error.status_code == 401:
-            return authentication_error(connection)
-        if error.status_code == 403:
-            return UsageError(f"Elasticsearch denied access (HTTP 403): {reason}. {hint(body)}")
-        if error.status_code == 413:
-            return UsageError(f"{connection} refused a request because it is too large (HTTP 413): {SIZE_HINT}.")
-        if is_missing_index(body):
-            return deleted_index_error(index)
-        if is_retryable(error.status_code, body.get("error")):
-            return RetryableError(reason)
-        return ImageSearchError(f"Elasticsearch refused a request: {reason}. {hint(body)}")
-    if isinstance(error, ConnectionError | ConnectionTimeout) and not is_certificate_error(error):
-        return RetryableError(f"no answer from {connection} ({describe_error(root_cause(error))})")
-    return connection_error(error, connection)
+        return f" {PRIVILEGES_HINT}"
+    return ""
 
 
 def authentication_error(connection: Connection) -> UsageError:
@@ -102,36 +88,48 @@ def authentication_error(connection: Connection) -> UsageError:
     )
 
 
-def response_error(response: requests.Response, host: str, connection: Connection) -> UsageError | None:
-    """Returns the error for a response that denies access or is not from Elasticsearch, None if it is usable."""
+def parse_response(response: requests.Response, host: str, connection: Connection) -> dict[str, Any]:
+    """Returns the body of a response from Elasticsearch, whatever its status.
+
+    Raises RetryableError if waiting may help, UsageError if it denies access or is not from Elasticsearch.
+    """
     if 300 <= response.status_code < 400:
         location = urlsplit(response.headers.get("Location", ""))
         if not location.netloc:
-            return _not_elasticsearch(host, f"redirects to another path (HTTP {response.status_code})")
+            raise _not_elasticsearch(host, f"redirects to another path (HTTP {response.status_code})")
         target = f"{location.scheme}://{location.netloc.rpartition('@')[2]}"
-        return UsageError(f"{host} redirects to {target} (HTTP {response.status_code}): set ES_URL to that address.")
+        raise UsageError(f"{host} redirects to {target} (HTTP {response.status_code}): set ES_URL to that address.")
     if response.status_code == 401:
-        return authentication_error(connection)
+        raise authentication_error(connection)
     if response.status_code == 413:
-        return UsageError(f"{host} refused the request because it is too large (HTTP 413): {SIZE_HINT}.")
+        raise UsageError(f"{host} refused the request because it is too large (HTTP 413): {SIZE_HINT}.")
     try:
-        body = response.json()
+        body = orjson.loads(response.content)
     except ValueError:
         body = None
     if response.status_code == 403 and isinstance(body, dict) and "error" in body:  # without the product header
-        return UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}. {PRIVILEGES_HINT}")
+        raise UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}. {PRIVILEGES_HINT}")
     if response.headers.get("X-Elastic-Product") != "Elasticsearch" or not isinstance(body, dict):
-        content_type = response.headers.get("Content-Type", "no content type")
-        return _not_elasticsearch(host, f"answered HTTP {response.status_code} with {content_type}")
-    return None
+        behavior = (
+            f"answered HTTP {response.status_code} with {response.headers.get('Content-Type', 'no content type')}"
+        )
+        if is_retryable(response.status_code, None):  # of a proxy that does not reach it
+            raise RetryableError(f"{host} {behavior}", "Check ES_URL and that the server is running.")
+        raise _not_elasticsearch(host, behavior)
+    if is_retryable(response.status_code, body.get("error")):
+        raise RetryableError(error_reason(body))
+    return body
 
 
 def _not_elasticsearch(host: str, behavior: str) -> UsageError:
     return UsageError(f"{host} is not Elasticsearch, or a proxy answers for it: it {behavior}. Check ES_URL.")
 
 
-def connection_error(error: Exception, connection: Connection, host: str = "") -> UsageError:
-    """Returns the error for a connection that failed, with the hint that fits its cause."""
+def connection_error(error: Exception, connection: Connection, host: str = "") -> RetryableError | UsageError:
+    """Returns the error for a connection that failed, with the hint that fits its cause.
+
+    A certificate that cannot be verified is a UsageError: no other host is tried.
+    """
     host = host or str(connection)
     cause = root_cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -139,17 +137,12 @@ def connection_error(error: Exception, connection: Connection, host: str = "") -
             f"The certificate of {host} cannot be verified ({cause.verify_message.rstrip('.')}):"
             f" {_certificate_hint(cause, connection)}"
         )
-    reason = f"Cannot connect to Elasticsearch at {host}: {_one_line(cause)}."
+    advice = "Check ES_URL and that the server is running."
     if isinstance(cause, ssl.SSLError):
-        return UsageError(f"{reason} If that port does not use TLS, ES_URL must begin with http://.")
-    if host.startswith("http:") and isinstance(cause, RemoteDisconnected | ConnectionResetError):
-        return UsageError(f"{reason} If that port uses TLS, ES_URL must begin with https://.")
-    return UsageError(f"{reason} Check ES_URL and that the server is running.")
-
-
-def is_certificate_error(error: BaseException) -> bool:
-    """Returns True if a certificate failed verification, not just the connection."""
-    return isinstance(root_cause(error), ssl.SSLCertVerificationError)
+        advice = "If that port does not use TLS, ES_URL must begin with http://."
+    elif host.startswith("http:") and isinstance(cause, RemoteDisconnected | ConnectionResetError):
+        advice = "If that port uses TLS, ES_URL must begin with https://."
+    return RetryableError(f"no answer from {host} ({_one_line(cause)})", advice)
 
 
 def _certificate_hint(error: ssl.SSLCertVerificationError, connection: Connection) -> str:

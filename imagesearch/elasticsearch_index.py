@@ -1,48 +1,45 @@
-"""The index on Elasticsearch: written with its Python client, searched with requests."""
+"""The index on Elasticsearch, written with its Python client.
+
+Not with the client's ``helpers.streaming_bulk``: it has no limit to the time it retries, cannot be interrupted
+meanwhile, and has no way to tell the user.
+"""
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-import numpy as np
-import requests
-from numpy.typing import NDArray
-from requests.adapters import HTTPAdapter
+import orjson
+from elasticsearch import ApiError, BadRequestError, Elasticsearch, OrjsonSerializer, TransportError
 
 from imagesearch.connection import Connection
-from imagesearch.documents import DIMENSIONS, Document, FileMetadata, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.documents import DIMENSIONS, Document, IndexMetadata, MetadataUpdate
 from imagesearch.elasticsearch_errors import (
+    SIZE_HINT,
+    authentication_error,
     connection_error,
     deleted_index_error,
     error_reason,
     hint,
-    is_certificate_error,
     is_missing_index,
     is_retryable,
-    response_error,
-    translate_error,
+    moved_index_error,
 )
+from imagesearch.elasticsearch_search import META_KEY, REQUEST_TIMEOUT_SECONDS, Body, ElasticsearchSearch
 from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.parallel import batched
-from imagesearch.retry import NO_RETRY, RetryableError, RetryPolicy
-
-if TYPE_CHECKING:
-    from elasticsearch import Elasticsearch
+from imagesearch.parallel import batch_until_error, map_buffered
+from imagesearch.retry import RetryableError, RetryPolicy
 
 Result = TypeVar("Result")
-Body = dict[str, Any]
+
 Pending = dict[str, list[Any]]  # by _id, the lines of the bulk actions that are not done yet, as JSON
 
-REQUEST_TIMEOUT_SECONDS = 60
-CONNECT_TIMEOUT_SECONDS = 10
 BULK_SIZE = 128  # documents in one bulk request: about 1 MB
+BULK_REQUESTS = 4  # under way at once, so that a distant server is not waited for
 PAGE_SIZE = 1000  # documents in one page of a listing
-MIN_CANDIDATES, MAX_CANDIDATES = 500, 10_000  # Elasticsearch's limit is 10,000
-
-META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
 # Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and everything
 # else are left to the cluster's index templates.
@@ -65,99 +62,34 @@ PROPERTIES = {
 KEEP_VECTORS = {"index.mapping.exclude_source_vectors": False}
 
 
-class _SSLContextAdapter(HTTPAdapter):
-    """Sends requests with an SSLContext of our own, which requests has no option for."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-
-
-class ElasticsearchIndex:
-    """An `Index` on Elasticsearch. `index` is its name, or an alias of one index.
-
-    The index that the name points to is remembered when its metadata is read. If the name later points
-    to another index, writing raises ImageSearchError, since embeddings of another model may be there.
-    Writing and looking up are retried by `retry` while Elasticsearch is unreachable or overloaded;
-    searching and reading metadata try each host once.
-    """
+class ElasticsearchIndex(ElasticsearchSearch):
+    """A `WritableIndex` on Elasticsearch. What it does is retried by `retry` while Elasticsearch is unreachable."""
 
     def __init__(self, connection: Connection, index: str, retry: RetryPolicy) -> None:
-        self._connection = connection
-        self._index = index
-        self._retry = retry
-        self._hosts = list(connection.hosts)
-        self._concrete_index = index
-        self._uuid: str | None = None
+        super().__init__(connection, index, retry)
         self._bulk_size = BULK_SIZE
-        self._metadata: IndexMetadata | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if "_client" in self.__dict__:
-            self._client.close()
-        if "_session" in self.__dict__:
-            self._session.close()
-
-    @functools.cached_property
-    def _client(self) -> "Elasticsearch":
-        """The client that writes; imported late, since importing it takes longer than a search."""
-        from elasticsearch import Elasticsearch, OrjsonSerializer
-
         options: dict[str, Any] = {}
-        if context := self._connection.ssl_context():
+        if context := connection.ssl_context():
             options = {"ssl_context": context}
-        elif self._connection.uses_tls and not self._connection.verify_certs:
+        elif connection.uses_tls and not connection.verify_certs:
             options = {"verify_certs": False, "ssl_show_warn": False}
-        return Elasticsearch(
-            list(self._connection.hosts),
-            headers=self._connection.headers,
+        self._client = Elasticsearch(
+            list(connection.hosts),
+            headers=connection.headers,
             request_timeout=REQUEST_TIMEOUT_SECONDS,
             serializer=OrjsonSerializer(),
             **options,
         )
 
-    @functools.cached_property
-    def _session(self) -> requests.Session:
-        """The session that searches, with the client's hosts, credentials and CA, and no others."""
-        session = requests.Session()
-        session.trust_env = False  # no .netrc and no proxies: the client reads neither
-        session.headers.update(self._connection.headers)
-        if context := self._connection.ssl_context():
-            session.verify = self._connection.ca_certs or True
-            session.mount("https://", _SSLContextAdapter(context))
-        elif not self._connection.verify_certs:
-            session.verify = False
-            warnings.filterwarnings("ignore", "Unverified HTTPS request")  # cli.py has warned already
-        return session
-
-    def get_metadata(self) -> IndexMetadata | None:
-        status, body = self._request("GET", quote(self._index))
-        if status == 404:
-            return None
-        if status != 200:
-            raise UsageError(f"The index {self._index} cannot be read: {error_reason(body)}. {hint(body)}")
-        if len(body) != 1:
-            raise UsageError(
-                f"{self._index} is an alias of several indices ({', '.join(sorted(body))}): use one with --index."
-            )
-        ((concrete_index, index),) = body.items()
-        self._metadata = _read_metadata(self._index, index["mappings"])
-        self._concrete_index, self._uuid = concrete_index, index["settings"]["index"]["uuid"]
-        return self._metadata
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._client.close()
 
     def create(self, metadata: IndexMetadata) -> None:
         meta = {META_KEY: vars(metadata.model) | {"folder": metadata.folder}}
         mappings = {"dynamic": "strict", "_meta": meta, "properties": PROPERTIES}
 
         def create_index(settings: Body) -> None:
-            from elasticsearch import BadRequestError
-
             try:
                 self._client.indices.create(index=self._index, mappings=mappings, settings=settings)
             except BadRequestError as error:
@@ -166,176 +98,72 @@ class ElasticsearchIndex:
                 elif error.error != "resource_already_exists_exception":
                     raise
 
-        self._with_retries(lambda: create_index(KEEP_VECTORS))
+        self._with_client(lambda: create_index(KEEP_VECTORS))
 
-    def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
-        fields = ["size", "mtime", "sha256"]
-        hits = self._search_all({"ids": {"values": list(ids)}}, size=len(ids), docvalue_fields=fields)
-        return {hit["_id"]: FileMetadata(*(hit["fields"][name][0] for name in fields)) for hit in hits}
+    def count_below(self, folder: str) -> int:
+        query = {"query": {"prefix": {"file_path": folder.rstrip("/") + "/"}}}
+        _, body = self._retried(lambda: self._request("POST", f"{quote(self._index)}/_count", query))
+        return int(body.get("count", 0))
 
-    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        options = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
-        query = {"terms": {"sha256": list(sha256s)}}
-        # Not retried: an unreachable index has no copies to offer, and the run has to continue.
-        hits = self._search_all(query, retry=NO_RETRY, **options)
-        if len(hits) == options["size"]:  # many copies of one content may hide another; collapsing costs more
-            hits = self._search_all(query, retry=NO_RETRY, collapse={"field": "sha256"}, **options)
-        return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
-
-    def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:
-        page: dict[str, Any] = {}
-        while hits := self._search_all(
-            {"prefix": {"file_path": folder.rstrip("/") + "/"}},
-            size=PAGE_SIZE,
-            docvalue_fields=["file_path"],
-            sort=[{"file_path": "asc"}],
-            **page,
-        ):
-            yield from ((hit["_id"], hit["fields"]["file_path"][0]) for hit in hits)
-            page = {"search_after": hits[-1]["sort"]}
-
-    def count_classes(self) -> dict[str, int]:
-        aggregation = {"classes": {"terms": {"field": "desc", "size": MAX_CANDIDATES}}}
-        status, body = self._request("POST", f"{quote(self._index)}/_search", {"size": 0, "aggs": aggregation})
-        if status != 200 or body["_shards"]["failed"]:
-            raise ImageSearchError(f"Elasticsearch cannot list the classes of {self._index}: {error_reason(body)}.")
-        return {bucket["key"]: bucket["doc_count"] for bucket in body["aggregations"]["classes"]["buckets"]}
+    def list_paths(self, folder: str) -> Iterator[str]:
+        query = {"prefix": {"file_path": folder.rstrip("/") + "/"}}
+        options: Body = {"size": PAGE_SIZE, "docvalue_fields": ["file_path"], "sort": [{"file_path": "asc"}]}
+        while hits := self._retried(lambda: self._search_all(query, **options)):
+            yield from (hit["fields"]["file_path"][0] for hit in hits)
+            options["search_after"] = hits[-1]["sort"]
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
-        for batch in batched(items, BULK_SIZE):
-            pending: Pending = {item.image.id: _bulk_action(self._index, item) for item in batch}
-            missing: set[str] = set()
-            error: ImageSearchError | None = None
-            try:
-                self._send_pending(pending, missing)
-            except ImageSearchError as some_refused:
-                error = some_refused
-            else:
-                self._ensure_same_index()  # otherwise nothing of this batch is stored where it should be
-            unwritten = pending.keys() | missing
-            yield from (item for item in batch if item.image.id not in unwritten)
-            if error:
-                raise error
+        errors: list[ImageSearchError] = []
+        batches = itertools.takewhile(lambda _: not errors, batch_until_error(items, BULK_SIZE))
+        with ThreadPoolExecutor(BULK_REQUESTS) as pool:
+            for bulk in map_buffered(pool, self._write_batch, batches, BULK_REQUESTS):
+                yield from bulk.items
+                if bulk.error:
+                    errors.append(bulk.error)
+        if errors:
+            raise errors[0]
 
     def delete(self, ids: Sequence[str]) -> int:
+        self._ensure_same_index()
         pending: Pending = {id_: [_dumps({"delete": {"_index": self._index, "_id": id_}})] for id_ in ids}
-        missing: set[str] = set()
-        if pending:
-            self._send_pending(pending, missing)
-            self._ensure_same_index()
-        return len(ids) - len(missing)
+        return len(ids) - len(self._send_pending(pending))
 
     def refresh(self) -> None:
-        self._with_retries(lambda: self._client.indices.refresh(index=self._index))
+        self._with_client(lambda: self._client.indices.refresh(index=self._index))
+        self._ensure_same_index()
 
-    def search(
-        self, embedding: NDArray[np.float32], k: int, desc: str | None = None, min_score: float | None = None
-    ) -> dict[str, Any]:
-        # The candidates are found by their int8 vectors; twice as many as are asked for are scored
-        # again by their exact ones. docs/scaling.md has the recall that this gives.
-        knn: Body = {
-            "field": "embeddings",
-            "query_vector": embedding.tolist(),
-            "k": k,
-            "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * k)),
-            "rescore_vector": {"oversample": 2},
-        }
-        body: Body = {"knn": knn, "size": k, "_source": False, "fields": ["file_path", "desc"]}
-        if desc is not None:
-            knn["filter"] = {"term": {"desc": desc}}
-        if min_score is not None:
-            knn["similarity"] = 2 * min_score - 1  # the cosine
-            body["min_score"] = min_score
-        return self._search_once(body) or self._search_moved(body)
+    def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> "_Written":
+        """Writes documents; returns those that are stored, with the error that kept it from writing the others."""
+        pending: Pending = {item.image.id: _bulk_action(self._index, item) for item in batch}
+        missing: set[str] = set()
+        error: ImageSearchError | None = None
+        try:
+            missing = self._send_pending(pending)
+        except ImageSearchError as some_refused:
+            error = some_refused
+        unwritten = pending.keys() | missing
+        return _Written([item for item in batch if item.image.id not in unwritten], error)
 
-    def _search_once(self, body: Body) -> dict[str, Any] | None:
-        """Returns the response, or None if the name no longer points to the index whose metadata was read."""
-        status, response = self._request("POST", f"{quote(self._index)}/_search", body)
-        if status == 200:
-            moved = any(hit["_index"] != self._concrete_index for hit in response["hits"]["hits"])
-            return None if moved else response
-        if status == 404:
-            return None
-        reason = error_reason(response)
-        if "rescore_vector" in reason:
-            raise UsageError("This Elasticsearch is too old: search.py needs version 8.18 or newer (rescore_vector).")
-        raise ImageSearchError(f"Elasticsearch cannot search the index {self._index}: {reason}.")
-
-    def _search_moved(self, body: Body) -> dict[str, Any]:
-        """Repeats a search that was cut off because the name was moved to another index."""
-        before = self._metadata
-        after = self.get_metadata()
-        if after is None:
-            raise ImageSearchError(f"The index {self._index} was deleted during the search.")
-        compatible = before and after and before.model.is_compatible(after.model)
-        response = self._search_once(body) if compatible else None
-        if response is None:
-            raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
-        return response
-
-    def _request(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
-        """Sends one request to the first host that answers; returns the status and the JSON body.
-
-        Raises UsageError if no host answers, or if something other than this user's Elasticsearch does.
-        """
-        error: UsageError | None = None
-        for host in self._hosts.copy():
-            try:
-                response = self._session.request(
-                    method,
-                    f"{host}/{path}",
-                    json=body,
-                    timeout=(CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS),
-                    allow_redirects=False,  # a POST would become a GET without its body
-                )
-            except (requests.exceptions.RequestException, ValueError) as exception:  # ValueError: no valid host name
-                error = connection_error(exception, self._connection, host)
-                if is_certificate_error(exception):
-                    break
-                continue
-            error = response_error(response, host, self._connection)
-            if response.status_code in (502, 503, 504) and host != self._hosts[-1]:
-                continue
-            if error:
-                break
-            self._hosts.sort(key=lambda other: other != host)  # the next request goes there first
-            return response.status_code, response.json()
-        raise error or UsageError("ES_URL names no host.")
-
-    def _search_all(self, query: Body, retry: RetryPolicy | None = None, **options: Any) -> list[dict[str, Any]]:
-        """Returns all hits of a search on all shards; retried while a shard is missing."""
-
-        def search() -> list[dict[str, Any]]:
-            response = self._client.search(
-                index=self._index, query=query, source=False, track_total_hits=False, **options
-            )
-            if response["_shards"]["failed"] or response["timed_out"]:
-                raise RetryableError(f"a shard of the index {self._index} is missing")
-            hits: list[dict[str, Any]] = response["hits"]["hits"]
-            return hits
-
-        return self._with_retries(search, retry)
-
-    def _send_pending(self, pending: Pending, missing: set[str]) -> None:
+    def _send_pending(self, pending: Pending) -> set[str]:
         """Sends bulk actions, by ``_id``, and removes from `pending` what Elasticsearch has done.
 
-        `missing` receives the documents that are not there to update or delete.
+        Returns the documents that are not there to update or delete.
         """
+        missing: set[str] = set()
         while pending:
             ids = list(itertools.islice(pending, self._bulk_size))
-            self._with_retries(functools.partial(self._send_bulk, pending, missing, ids))
+            self._with_client(functools.partial(self._send_bulk, pending, missing, ids))
+        return missing
 
     def _send_bulk(self, pending: Pending, missing: set[str], ids: list[str]) -> None:
-        """Sends those of the actions `ids` that are still pending.
+        """Sends those of the actions `ids` that are still pending; adds the documents that are not there to `missing`.
 
         If a proxy finds the request too large, nothing is done, and the next ones are half as large.
         Raises RetryableError if actions were rejected temporarily, ImageSearchError if permanently.
         """
-        from elasticsearch import ApiError
-
         ids = [id_ for id_ in ids if id_ in pending]
         try:
-            response = self._client.bulk(operations=list(itertools.chain.from_iterable(pending[id_] for id_ in ids)))
+            response = self._client.bulk(operations=[line for id_ in ids for line in pending[id_]])
         except ApiError as error:
             if error.status_code != 413 or len(ids) == 1:
                 raise
@@ -357,27 +185,25 @@ class ElasticsearchIndex:
             if is_missing_index(result):
                 raise deleted_index_error(self._index)
             if not is_retryable(result["status"], result["error"]):
-                raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}. {hint(result)}")
+                raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}.{hint(result)}")
         if rejected:
             reason = f"Elasticsearch temporarily rejected {len(rejected)} documents ({error_reason(rejected[0])})"
-            raise RetryableError(reason, progress=len(rejected) < len(ids))
+            raise RetryableError(reason, partially_done=len(rejected) < len(ids))
 
     def _ensure_same_index(self) -> None:
         """Raises ImageSearchError if the name no longer points to the index whose metadata was read.
 
-        If that index was deleted, Elasticsearch has created another one from the bulk request, with a guessed
+        If that index was deleted, Elasticsearch has created another one from the bulk requests, with a guessed
         mapping. It is deleted; if that is not permitted, its missing metadata keeps others from using it.
         """
-        from elasticsearch import ApiError
-
-        found = self._with_retries(
+        found = self._with_client(
             lambda: dict(self._client.indices.get(index=self._index, ignore_unavailable=True, allow_no_indices=True))
         )
         uuids = {name: index["settings"]["index"]["uuid"] for name, index in found.items()}
         if uuids == {self._concrete_index: self._uuid}:
             return
         if found and not (self._index in found and _is_guessed(found[self._index]["mappings"])):
-            raise ImageSearchError(f"{self._index} now points to another index. Run the command again.")
+            raise moved_index_error(self._index)
         if found:
             try:
                 self._client.indices.delete(index=self._index)
@@ -388,40 +214,49 @@ class ElasticsearchIndex:
                 ) from None
         raise deleted_index_error(self._index)
 
-    def _with_retries(self, function: Callable[[], Result], retry: RetryPolicy | None = None) -> Result:
-        """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded.
-
-        By the index's own policy, unless another one is given.
-        """
-        from elasticsearch import ApiError, TransportError
+    def _with_client(self, function: Callable[[], Result]) -> Result:
+        """Returns ``function()``, which uses the client; retried while Elasticsearch is unreachable or overloaded."""
 
         def attempt() -> Result:
             try:
                 return function()
             except (ApiError, TransportError) as error:
-                raise translate_error(error, self._connection, self._index) from None
+                raise _translate_error(error, self._connection, self._index) from None
 
-        return (retry or self._retry).call("Elasticsearch", attempt)
-
-
-def _read_metadata(index: str, mappings: dict[str, Any]) -> IndexMetadata:
-    """Returns what create.py recorded in the mapping. Raises UsageError for an index that it did not make."""
-    meta = dict(mappings.get("_meta", {}).get(META_KEY, {}))
-    dims = mappings.get("properties", {}).get("embeddings", {}).get("dims")
-    try:
-        folder = meta.pop("folder")
-        metadata = IndexMetadata(ModelInfo(**meta), folder)
-    except (KeyError, TypeError):
-        metadata = None
-    if metadata is None or dims != DIMENSIONS:
-        raise UsageError(
-            f"The index {index} was not made by this version of create.py: it has no record of its model."
-            " Use --index with another name, or delete the index and run create.py again."
-        )
-    return metadata
+        return self._retried(attempt)
 
 
-def _is_guessed(mappings: dict[str, Any]) -> bool:
+@dataclass(frozen=True)
+class _Written:
+    """What a batch has come to."""
+
+    items: list[Document | MetadataUpdate]
+    error: ImageSearchError | None
+
+
+def _translate_error(error: ApiError | TransportError, connection: Connection, index: str) -> Exception:
+    """Returns the exception to raise in place of one of the elasticsearch client's.
+
+    A RetryableError if waiting may help, otherwise an ImageSearchError with a hint.
+    """
+    if not isinstance(error, ApiError):
+        return connection_error(error, connection)
+    body = error.body if isinstance(error.body, dict) else {}
+    reason = error_reason(body) if body else f"HTTP {error.status_code}"
+    if error.status_code == 401:
+        return authentication_error(connection)
+    if error.status_code == 403:
+        return UsageError(f"Elasticsearch denied access (HTTP 403): {reason}.{hint(body)}")
+    if error.status_code == 413:
+        return UsageError(f"{connection} refused a request because it is too large (HTTP 413): {SIZE_HINT}.")
+    if is_missing_index(body):
+        return deleted_index_error(index)
+    if is_retryable(error.status_code, body.get("error")):
+        return RetryableError(reason)
+    return ImageSearchError(f"Elasticsearch refused a request: {reason}.{hint(body)}")
+
+
+def _is_guessed(mappings: Body) -> bool:
     """Returns True for a mapping that Elasticsearch has guessed from our documents."""
     return (
         "dynamic" not in mappings
@@ -443,6 +278,4 @@ def _bulk_action(index: str, item: Document | MetadataUpdate) -> list[bytes]:
 
 def _dumps(value: Body) -> bytes:
     """Returns `value` as JSON; numpy's vectors are taken as they are, 15 times faster than as lists."""
-    import orjson
-
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,111 +1,186 @@
-"""Images to embeddings on all CPUs, one image at a time."""
+"""Images to embeddings on all CPUs: chunks are opened and looked up in the index, then embedded one by one."""
 
-import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import BinaryIO
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from imagesearch.copies import Embedding, FindEmbeddings, KnownEmbeddings
-from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate
+from imagesearch.documents import Candidate, Document, Embedding, MetadataUpdate, OpenedImage, Unreadable
 from imagesearch.errors import ImageSearchError, describe_error
-from imagesearch.images import OnError, open_rgb
+from imagesearch.files import max_open_files
+from imagesearch.images import open_rgb
+from imagesearch.index import Index
 from imagesearch.models import Model
-from imagesearch.parallel import available_cpus, map_buffered
-from imagesearch.sources import Source
+from imagesearch.parallel import available_cpus, map_buffered, split
+from imagesearch.report import Report
+from imagesearch.sources import OpenQuery, Source, is_file
 
-# Reader threads for each CPU. They open images, which takes long in a bucket, and wait for look-ups and embedders.
-READERS_PER_CPU, MAX_READERS = 32, 256
-BUFFER_PER_CPU = 64  # results, of 3 kB each, that may wait for the index
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """Why there is no embedding of an image or query."""
-
-    reason: str
+CHUNK_SIZE = 16  # images that are opened and looked up together
+CHUNK_BYTES = 64_000_000  # of their contents; a larger image is a chunk of its own
+QUERY_READERS = 16  # threads that open queries; most of a download is waiting
+RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the index may not find yet
 
 
 def embed_images(
-    changed: Iterable[tuple[ImageFile, FileMetadata | None]],
-    source: Source,
-    model: Model,
-    find_embeddings: FindEmbeddings,
-    on_error: OnError,
+    candidates: Iterable[Candidate], source: Source, model: Model, index: Index, report: Report
 ) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order.
 
-    `changed` has each image with what the index holds of it, None for a new one. The embedding of
-    content that is in the index, or was embedded earlier in this run, is copied. `on_error` is called for
-    each image that cannot be read. Memory is bounded, however many images there are.
+    The embedding of content that the index has, or that was embedded earlier in this run, is copied.
+    `report` is told of each image that cannot be read. Memory and the number of open files are bounded,
+    however many images there are.
     """
     cpus = available_cpus()
-    source_error: ImageSearchError | None = None
-    with (
-        ThreadPoolExecutor(cpus) as embedders,
-        KnownEmbeddings(find_embeddings) as known,
-        ThreadPoolExecutor(_reader_count(cpus)) as readers,
-    ):
+    workers = cpus + max(1, int(cpus * source.readers_per_cpu))
+    embedder = Embedder(lambda: model, index, cpus)
 
-        def embed_one(
-            item: tuple[ImageFile, FileMetadata | None],
-        ) -> tuple[ImageFile, Document | MetadataUpdate | _Unreadable]:
-            nonlocal source_error
-            image, indexed = item
-            if source_error:  # the images that wait in the buffer are not retried, each for its own time
-                raise source_error
+    def embed_chunk(chunk: Sequence[Candidate]) -> list[Document | MetadataUpdate | Unreadable]:
+        with source.open_images([candidate.image for candidate in chunk]) as opened:
+            pairs = list(zip(chunk, opened, strict=True))
+            known = embedder.find_known(image for candidate, image in pairs if not _is_unchanged(candidate, image))
+            with embedder.cpu:
+                return [_document(candidate, image, embedder, known) for candidate, image in pairs]
+
+    size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // workers))
+    chunks = split(candidates, size, cpus, lambda candidate: candidate.image.size, CHUNK_BYTES)
+    with ThreadPoolExecutor(workers) as pool:
+        for results in map_buffered(pool, embed_chunk, chunks, workers + cpus):
+            for result in results:
+                if isinstance(result, Unreadable):
+                    report.count_unreadable(result.path, result.reason)
+                else:
+                    yield result
+
+
+def _document(
+    candidate: Candidate, opened: OpenedImage | Unreadable, embedder: "Embedder", known: dict[str, Embedding]
+) -> Document | MetadataUpdate | Unreadable:
+    """Returns what is to be written for an image."""
+    if isinstance(opened, Unreadable):
+        return opened
+    image = replace(candidate.image, size=opened.size, mtime=opened.mtime)
+    if _is_unchanged(candidate, opened):
+        return MetadataUpdate(image)
+    is_copy = opened.sha256 in known
+    embedding = embedder.embed(opened, known)
+    if isinstance(embedding, Unreadable):
+        return embedding
+    return Document(image, opened.sha256, embedding, candidate.indexed is not None, is_copy)
+
+
+def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> bool:
+    """Returns True if the content is what the index holds of this image."""
+    indexed = candidate.indexed
+    return indexed is not None and isinstance(opened, OpenedImage) and indexed.sha256 == opened.sha256
+
+
+class Embedder:
+    """Makes embeddings, and knows those that were made. Safe to use from several threads.
+
+    `get_model` is called when the first image has to be embedded. `cpu` is to be held while images are: as many
+    threads can hold it as there are CPUs.
+    """
+
+    def __init__(self, get_model: Callable[[], Model], index: Index, cpus: int) -> None:
+        self.cpu = threading.Semaphore(cpus)
+        self._get_model = get_model
+        self._model: Future[Model] | None = None
+        self._index = index
+        self._recent: OrderedDict[str, Embedding] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find_known(self, images: Iterable[OpenedImage | Unreadable]) -> dict[str, Embedding]:
+        """Returns the embeddings of those contents that the index has, or that were embedded lately, by SHA-256."""
+        sha256s = {image.sha256 for image in images if isinstance(image, OpenedImage)}
+        with self._lock:
+            known = {sha256: self._recent[sha256] for sha256 in sha256s if sha256 in self._recent}
+        if missing := sorted(sha256s - known.keys()):
+            with contextlib.suppress(ImageSearchError):  # an index that cannot answer now has none to offer
+                known |= self._index.find_embeddings(missing)
+        return known
+
+    def embed(self, image: OpenedImage, known: dict[str, Embedding]) -> Embedding | Unreadable:
+        """Returns the image's embedding: from `known`, or made now and added to it."""
+        if image.sha256 not in known:
             try:
-                with source.open_image(image) as (image, stream):
-                    sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-                    if indexed and indexed.sha256 == sha256:
-                        return image, MetadataUpdate(image)
-                    embedding, is_copy = known.get(sha256, lambda: embedders.submit(_embed, stream, model).result())
-                    return image, Document(image, sha256, embedding, indexed is not None, is_copy)
-            except ImageSearchError as error:  # the source stays unreachable: the run ends
-                source_error = error
+                known[image.sha256] = self._compute(image)
+            except ImageSearchError:  # the model cannot be loaded
                 raise
             except Exception as error:  # Pillow raises nearly anything for a damaged file
-                return image, _Unreadable(describe_error(error))
+                return Unreadable(image.path, describe_error(error))
+            with self._lock:
+                self._recent[image.sha256] = known[image.sha256]
+                if len(self._recent) > RECENT_SIZE:
+                    self._recent.popitem(last=False)
+        return known[image.sha256]
 
-        for image, result in map_buffered(readers, embed_one, changed, BUFFER_PER_CPU * cpus):
-            if isinstance(result, _Unreadable):
-                on_error(image.file_path, result.reason)
-            else:
-                yield result
+    def _load_model(self) -> Model:
+        """Returns the model, loaded once; raises the same error each time if it cannot be."""
+        with self._lock:
+            is_first = self._model is None
+            self._model = self._model or Future()
+        if is_first:
+            try:
+                self._model.set_result(self._get_model())
+            except BaseException as error:
+                self._model.set_exception(error)
+        return self._model.result()
+
+    def _compute(self, image: OpenedImage) -> Embedding:
+        """Raises ValueError if the model gives no embedding that is usable."""
+        model = self._load_model()
+        image.stream.seek(0)
+        with open_rgb(image.stream) as rgb:
+            pixels = model.preprocess(rgb)
+        embedding = model.embed(pixels)
+        with np.errstate(over="ignore"):
+            length = np.sqrt(np.dot(embedding, embedding))
+        if not (np.isfinite(length) and length > 0):
+            raise ValueError("the model gives it no usable embedding (zero, or not finite)")
+        return embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """An image to search for, with its embedding or the reason why there is none."""
+
+    name: str
+    embedding: Embedding | Unreadable
 
 
 def embed_queries(
-    queries: Sequence[str], open_query: Callable[[str], AbstractContextManager[BinaryIO]], model: Model
-) -> Iterator[tuple[str, Embedding | str]]:
-    """Yields each query with its embedding, in order, or with the reason why there is none."""
-    cpus = available_cpus()
+    queries: Iterable[str], open_query: OpenQuery, get_model: Callable[[], Model], index: Index
+) -> Generator[Query, None, None]:
+    """Yields each query with its embedding, in order.
 
-    def embed_one(query: str) -> tuple[str, Embedding | str]:
-        try:
-            with open_query(query) as stream:
-                return query, embedders.submit(_embed, stream, model).result()
-        except Exception as error:  # Pillow raises nearly anything for a damaged file
-            return query, describe_error(error)
+    That of content that the index has is copied; `get_model` is called if there is other content.
+    """
+    embedder = Embedder(get_model, index, available_cpus())
 
-    with ThreadPoolExecutor(cpus) as embedders, ThreadPoolExecutor(_reader_count(cpus)) as readers:
-        yield from map_buffered(readers, embed_one, queries, BUFFER_PER_CPU * cpus)
+    def embed_chunk(chunk: Sequence[str]) -> list[Query]:
+        with contextlib.ExitStack() as stack:
+            opened = [_open(query, open_query, stack) for query in chunk]
+            known = embedder.find_known(opened)
+            with embedder.cpu:
+                return [
+                    Query(query, image if isinstance(image, Unreadable) else embedder.embed(image, known))
+                    for query, image in zip(chunk, opened, strict=True)
+                ]
+
+    # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
+    size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // QUERY_READERS))
+    chunks = split(queries, size, QUERY_READERS, lambda query: 0 if is_file(query) else 1)
+    with ThreadPoolExecutor(QUERY_READERS) as pool:
+        for embedded in map_buffered(pool, embed_chunk, chunks, QUERY_READERS + 1):
+            yield from embedded
 
 
-def _reader_count(cpus: int) -> int:
-    return min(READERS_PER_CPU * cpus, MAX_READERS)
-
-
-def _embed(stream: BinaryIO, model: Model) -> Embedding:
-    """Returns the embedding of the image in `stream`. Raises ValueError if the model gives none that is usable."""
-    stream.seek(0)
-    with open_rgb(stream) as image:
-        pixels = model.preprocess(image)
-    embedding = model.embed(pixels)
-    with np.errstate(over="ignore"):
-        length = np.sqrt(np.dot(embedding, embedding))
-    if not (np.isfinite(length) and length > 0):
-        raise ValueError("the model gives it no usable embedding (zero, or not finite)")
-    return embedding
+def _open(query: str, open_query: OpenQuery, stack: contextlib.ExitStack) -> OpenedImage | Unreadable:
+    try:
+        return stack.enter_context(open_query(query))
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
+        return Unreadable(query, describe_error(error))

@@ -13,12 +13,19 @@ class UsageError(ImageSearchError):
     exit_code = 2
 
 
+class InterruptedRunError(ImageSearchError):
+    """A run failed after a signal had interrupted it. Exit code 128 and the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 def describe_error(error: BaseException) -> str:
     """Returns why something failed, in a few words on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "not an image that Pillow can read" if "cannot identify image file" in text else text
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def root_cause(error: BaseException) -> BaseException:

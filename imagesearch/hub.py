@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from imagesearch.cache import file_sha256, model_sha256
-from imagesearch.errors import UsageError
+from imagesearch.cache import model_sha256
+from imagesearch.errors import ImageSearchError
+from imagesearch.files import file_sha256
 
 REPOSITORY, FILE_NAME = "minimaxir/imgbeddings", "patch32_v1.onnx"
 TIMEOUT_SECONDS = 10
@@ -13,14 +14,14 @@ TIMEOUT_SECONDS = 10
 def clip_path() -> Path:
     """Returns the path of imgbeddings' CLIP model; downloads it, with progress, if it is not in the hub's cache.
 
-    Raises UsageError if the hub does not answer within about ten seconds, or the file is damaged.
+    Raises ImageSearchError if the hub does not answer within about ten seconds, or the file is damaged.
     """
     path = _cached_path() or _download()
     # The cache keeps a large file under its SHA-256, with a link to it; our hash of it is remembered.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if len(expected) == 64 and model_sha256(path) != expected and file_sha256(path) != expected:
         path.resolve().unlink()
-        raise UsageError("The downloaded CLIP model is damaged, and was deleted: run the command again.")
+        raise ImageSearchError("The downloaded CLIP model is damaged, and was deleted: run the command again.")
     return path
 
 
@@ -43,7 +44,7 @@ def _cached_path() -> Path | None:
 
 
 def _download() -> Path:
-    """Downloads the model into the hub's cache. Raises UsageError if that fails."""
+    """Downloads the model into the hub's cache. Raises ImageSearchError if that fails."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
@@ -51,7 +52,7 @@ def _download() -> Path:
         get_hf_file_metadata(hf_hub_url(REPOSITORY, FILE_NAME), timeout=TIMEOUT_SECONDS)
         return Path(hf_hub_download(REPOSITORY, FILE_NAME))
     except Exception as error:  # of the hub, of its HTTP client, of the file system
-        raise UsageError(
+        raise ImageSearchError(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): connect to the internet"
             " and run the command again, or use --model FILE (an ONNX file with imgbeddings' input and output),"
             " or try it with --model thumbnail --index tryout."

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -38,17 +38,6 @@ MAX_DECODING_BYTES = 600_000_000
 
 STRIP_PIXELS = 1 << 22
 
-MAX_CONTENT_BYTES = 200_000_000  # of an image that is not a local file
-MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together
-
-OnSkip = Callable[[str], None]  # called with the kind of each file that is not an image: ".txt", "hidden", …
-OnError = Callable[[str, str], None]  # called with the path of each image that cannot be read, and the reason
-
-
-def ignore(*_: object) -> None:
-    """Does nothing: the default callback for files that are skipped or unreadable."""
-
-
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,7 +49,6 @@ _TRANSPOSE = {  # Exif 2.32, 4.6.4
     8: Image.Transpose.ROTATE_90,
 }
 
-content_memory = MemoryLimit(MAX_BUFFERED_BYTES)
 _decoding_memory = MemoryLimit(MAX_DECODING_BYTES)
 
 
@@ -69,12 +57,6 @@ def image_extensions() -> frozenset[str]:
     """Returns the file extensions of FORMATS, lowercase with their dot."""
     registered = Image.registered_extensions().items()
     return frozenset(extension for extension, name in registered if name in (*FORMATS, "MPO"))  # MPO is read as JPEG
-
-
-def check_size(size_bytes: int) -> None:
-    """Raises ValueError for content that is too large to be kept in memory."""
-    if size_bytes > MAX_CONTENT_BYTES:
-        raise ValueError(f"more than {MAX_CONTENT_BYTES // 1_000_000} MB")
 
 
 @contextlib.contextmanager

@@ -1,20 +1,21 @@
-"""The contract of an index, and which index is used."""
+"""The contracts of an index, and which index is used."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from imagesearch.cli import DEFAULT_DATABASE
 from imagesearch.connection import Connection
-from imagesearch.documents import Document, FileMetadata, IndexMetadata, MetadataUpdate
-from imagesearch.retry import NO_RETRY, RetryPolicy
+from imagesearch.documents import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
+from imagesearch.retry import RetryPolicy
 
 
 class Index(Protocol):
-    """An index of embeddings. All methods raise ImageSearchError if they cannot do what they say."""
+    """An index of embeddings, as search.py needs it. Safe to use from several threads.
+
+    All methods raise ImageSearchError if they cannot do what they say.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -22,20 +23,46 @@ class Index(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    @property
+    def location(self) -> str:
+        """Where the index is, as messages say it: the file, or the hosts."""
+
+    @property
+    def max_searches(self) -> int:
+        """How many searches are worth having under way at a time."""
+
     def get_metadata(self) -> IndexMetadata | None:
         """Returns what the index records about itself, None if it does not exist.
 
         Raises UsageError for an index that create.py did not make. Called before all other methods.
         """
 
-    def create(self, metadata: IndexMetadata) -> None:
-        """Creates the index. One that exists by now, made by another run, is left as it is."""
+    def list_indexes(self) -> dict[str, str]:
+        """Returns the model of each index there is, by the index's name."""
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
         """Returns the file metadata of those of these documents that exist, by ``_id``."""
 
-    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Returns the embeddings, shape (768,), of documents with these contents, by their SHA-256 in hex."""
+    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
+        """Returns the embeddings of documents with these contents, by their SHA-256 in hex."""
+
+    def count_classes(self) -> dict[str, int]:
+        """Returns the number of documents of each class (`desc`)."""
+
+    def search(
+        self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
+    ) -> dict[str, Any]:
+        """Returns Elasticsearch's response with the `k` documents nearest to `embedding`.
+
+        With `desc` only documents of this class, with `min_score` only those that score at least this.
+        """
+
+
+class WritableIndex(Index, Protocol):
+    """An index as create.py needs it."""
+
+    def create(self, metadata: IndexMetadata) -> None:
+        """Creates the index. One that exists by now, made by another run, is left as it is."""
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
         """Writes documents in bulk and yields each one when it is stored.
@@ -43,8 +70,11 @@ class Index(Protocol):
         A metadata update for a document that another run has deleted is not yielded.
         """
 
-    def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:
-        """Yields ``_id`` and `file_path` of every document below `folder`, ordered by `file_path` as UTF-8."""
+    def count_below(self, folder: str) -> int:
+        """Returns the number of documents whose `file_path` is below `folder`."""
+
+    def list_paths(self, folder: str) -> Iterator[str]:
+        """Yields the `file_path` of every document below `folder`, ordered by its UTF-8."""
 
     def delete(self, ids: Sequence[str]) -> int:
         """Deletes documents; returns the number deleted."""
@@ -52,19 +82,8 @@ class Index(Protocol):
     def refresh(self) -> None:
         """Makes everything written visible to searches."""
 
-    def count_classes(self) -> dict[str, int]:
-        """Returns the number of documents of each class (`desc`)."""
 
-    def search(
-        self, embedding: NDArray[np.float32], k: int, desc: str | None = None, min_score: float | None = None
-    ) -> dict[str, Any]:
-        """Returns Elasticsearch's response with the `k` documents nearest to `embedding`, shape (768,).
-
-        With `desc` only documents of this class, with `min_score` only those that score at least this.
-        """
-
-
-def open_index(name: str, connection: Connection | None, database: Path, retry: RetryPolicy = NO_RETRY) -> Index:
+def open_index(name: str, connection: Connection | None, database: Path | None) -> Index:
     """Returns the index `name` on Elasticsearch, or in the file `database` if there is no connection.
 
     Each kind is imported when it is used.
@@ -72,7 +91,20 @@ def open_index(name: str, connection: Connection | None, database: Path, retry: 
     if connection is None:
         from imagesearch.sqlite_index import SqliteIndex
 
-        return SqliteIndex(database, name)
+        return SqliteIndex(database or Path(DEFAULT_DATABASE), name)
+    from imagesearch.elasticsearch_search import ElasticsearchSearch
+
+    return ElasticsearchSearch(connection, name)
+
+
+def open_writable_index(
+    name: str, connection: Connection | None, database: Path | None, retry: RetryPolicy
+) -> WritableIndex:
+    """Returns the index as `open_index` does, to be written to; requests to Elasticsearch are retried by `retry`."""
+    if connection is None:
+        from imagesearch.sqlite_index import SqliteIndex
+
+        return SqliteIndex(database or Path(DEFAULT_DATABASE), name)
     from imagesearch.elasticsearch_index import ElasticsearchIndex
 
     return ElasticsearchIndex(connection, name, retry)

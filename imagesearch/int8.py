@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from imagesearch.cache import atomic_write, cache_folder, remove_stale
+from imagesearch.cache import cache_folder
+from imagesearch.files import atomic_write, remove_stale
 
 PROBE_NAME = "probe.onnx"
 REWRITE_VERSION = 2  # increment it if the rewrite changes
@@ -32,7 +33,7 @@ def int8_model_path(path: Path, sha256: str) -> Path:
     rewritten = cache_folder() / f"{sha256}.int8-{REWRITE_VERSION}.{onnxruntime.__version__}.onnx"
     probe = cache_folder() / PROBE_NAME
     try:
-        remove_stale(cache_folder(), "*.tmp")
+        remove_stale(cache_folder())
         if not probe.exists():
             with atomic_write(probe) as temporary:
                 write_probe(temporary)

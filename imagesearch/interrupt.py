@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Self, TypeVar
 
-from imagesearch.errors import ImageSearchError
+from imagesearch.errors import ImageSearchError, InterruptedRunError
 
 Item = TypeVar("Item")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.1
+DOUBLED_SECONDS = 0.5  # `timeout`, and wrappers that forward Ctrl-C, signal a process and its group at once
 
 
 class Interrupt:
@@ -24,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._received = 0.0
 
     def __enter__(self) -> Self:
         self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
@@ -33,12 +35,16 @@ class Interrupt:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.signal and isinstance(error, ImageSearchError):  # a retry that was cut short
-            error.exit_code = 128 + self.signal
+            raise InterruptedRunError(str(error), self.signal) from error
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        for each in SIGNALS:  # before the message: the user may press Ctrl-C as soon as it appears
-            signal.signal(each, signal.SIG_DFL)
-        self.signal = number
+        now = time.monotonic()
+        if self.signal and now - self._received > DOUBLED_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if self.signal:
+            return
+        self.signal, self._received = number, now
         with contextlib.suppress(OSError):  # of `2>&1 | tee log`, which the same Ctrl-C ends
             # os.write: the signal may have interrupted a print.
             os.write(2, b"\nInterrupted: writing what has been embedded. Press Ctrl-C again to stop immediately.\n")

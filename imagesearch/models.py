@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagesearch.documents import DIMENSIONS, ModelInfo
+from imagesearch.documents import DIMENSIONS, PREPROCESSING, ModelInfo
 from imagesearch.errors import UsageError
 from imagesearch.paths import path_from_text, path_to_text, quote_path
 
@@ -83,16 +83,20 @@ def load_index_model(info: ModelInfo, name: str | None, threads: int) -> Model:
     return model
 
 
-def check_compatible(index: ModelInfo, model: ModelInfo) -> None:
-    """Raises UsageError unless the embeddings of an index and those of a model can be compared."""
-    if index.is_compatible(model):
-        return
-    if index.preprocessing != model.preprocessing:
+def check_version(index: ModelInfo) -> None:
+    """Raises UsageError unless this version of the scripts preprocesses images as the index's."""
+    if index.preprocessing != PREPROCESSING:
         raise UsageError(
             "The index was made by another version of create.py, whose embeddings differ: use another --index,"
             " or delete it and run create.py again."
         )
-    raise UsageError(
-        f"The index was made with --model {quote_path(index.model)}, and {quote_path(model.model)} is another model:"
-        " use the same model, or another index with --index."
-    )
+
+
+def check_compatible(index: ModelInfo, model: ModelInfo) -> None:
+    """Raises UsageError unless the embeddings of an index and those of a model can be compared."""
+    check_version(index)
+    if not index.is_compatible(model):
+        raise UsageError(
+            f"The index was made with --model {quote_path(index.model)}, and {quote_path(model.model)} is another"
+            " model: use the same model, or another index with --index."
+        )

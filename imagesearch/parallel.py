@@ -45,26 +45,60 @@ def map_buffered(
         raise error
 
 
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def batch_until_error(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yields lists of `size` items; the last one may be shorter.
 
     Unlike ``itertools.batched`` (Python 3.12), it yields what it has before it raises what `items` raises,
     so that the embeddings made before an error are still written.
     """
+    return split(items, size, workers=0)
+
+
+def split(
+    items: Iterable[Item], size: int, workers: int, weight: Callable[[Item], int] = lambda item: 0, max_weight: int = 0
+) -> Iterator[list[Item]]:
+    """Yields lists of at most `size` items, for `workers` to share.
+
+    The last lists are smaller, so that all workers end at about the same time. A list of several items weighs at
+    most `max_weight`. What `items` raises is raised after the items before it.
+    """
     iterator = iter(items)
-    batch: list[Item] = []
-    try:
-        for item in iterator:
-            batch.append(item)
-            if len(batch) == size:
-                yield batch
-                batch = []
-    except Exception:
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
+    ahead: deque[Item] = deque()
+    error: Exception | None = None
+    is_last = False
+    while True:
+        while not is_last and len(ahead) < max(1, 2 * workers) * size:
+            try:
+                ahead.append(next(iterator))
+            except StopIteration:
+                is_last = True
+            except Exception as of_items:
+                error, is_last = of_items, True
+        if not ahead:
+            break
+        count = max(1, min(size, len(ahead) // (2 * workers))) if is_last and workers else size
+        chunk = [ahead.popleft()]
+        total = weight(chunk[0])
+        while ahead and len(chunk) < count and total + (more := weight(ahead[0])) <= max_weight:
+            chunk.append(ahead.popleft())
+            total += more
+        yield chunk
+    if error:
+        raise error
+
+
+def start_thread(function: Callable[[], Result]) -> "Future[Result]":
+    """Returns the future of ``function()``, which runs on a thread of its own; the process may end before it."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def available_cpus() -> int:

@@ -3,8 +3,9 @@
 import os
 import re
 import shlex
+from urllib.parse import unquote
 
-BUCKET_URL = re.compile(r"(s3|gs|az)://")
+BUCKET_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -26,6 +27,13 @@ def quote_path(path: str) -> str:
     if path.isprintable():
         return shlex.quote(path)
     return "$'" + os.fsencode(path).decode("latin-1").encode("unicode_escape").decode().replace("'", "\\'") + "'"
+
+
+def local_path(text: str) -> str:
+    """Returns a path as the user means it: of a ``file://`` URL, or with a ``~`` that was quoted and not expanded."""
+    if text.lower().startswith("file://"):
+        return unquote(text[len("file://") :].removeprefix("localhost"))
+    return text if os.path.lexists(text) else os.path.expanduser(text)
 
 
 def normalize_folder(folder: str, base: str) -> str:

@@ -6,22 +6,26 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Self
 
 from tqdm import tqdm
 
+from imagesearch import cli
 from imagesearch.documents import Document, MetadataUpdate
+from imagesearch.errors import ImageSearchError
 from imagesearch.paths import quote_path
 
 UNREADABLE_SHOWN = 20
 KINDS_SHOWN = 10  # of skipped files
+MAX_KINDS = 1000  # that are counted apart: a million serial numbers may look like extensions
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 ESTIMATE_AFTER_SECONDS = 3  # of embedding, before a rate is shown
 WIDE_COLUMNS = 80  # a terminal at least this wide shows a bar
 
 
 class Progress:
-    """Counts what happens to the images of a run and tells the user, on stderr."""
+    """Counts what happens to the images of a run and tells the user, on stderr. A `Report`."""
 
     def __init__(self) -> None:
         self.new = self.updated = self.copied = self.unchanged = self.deleted = self.unreadable = 0
@@ -30,46 +34,64 @@ class Progress:
         self._started = time.monotonic()
         self._embedding_started: float | None = None
         self._next_line = self._started + LINE_INTERVAL_SECONDS
-        self._last_retry = ("", 0.0)
+        self._said: dict[str, float] = {}  # when it may be said again
         self._lock = threading.Lock()
         self._bar = tqdm(disable=True)
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_closed = True
         self._bar.close()
         self.say(self.summary())
 
     @property
-    def is_terminal(self) -> bool:
-        """True if stderr is a terminal, which shows a bar."""
-        return sys.stderr.isatty()
+    def left(self) -> int | None:
+        """How many images have not been dealt with, None if that is not known."""
+        return None if self._total is None else max(0, self._total - self._done)
 
-    def start_bar(self, total: int) -> None:
-        """Shows a bar for `total` images; only a count on a narrow terminal, where a bar would be cut."""
-        self._total = total
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or WIDE_COLUMNS
-        layout = "{percentage:3.0f}%|{bar}| {desc}" if columns >= WIDE_COLUMNS else "{desc}"
-        self._bar = tqdm(total=total, desc=self._status(), bar_format=layout, ncols=columns - 1, mininterval=0.2)
+    def start_bar(self, images: Iterable[object]) -> None:
+        """Shows a bar if stderr is a terminal. `images` are counted on a thread, while the work goes on."""
+        if sys.stderr.isatty():
+            self._bar = tqdm(bar_format="{desc}", desc=self._status(), dynamic_ncols=True, mininterval=0.2)
+            threading.Thread(target=self._count, args=[images], daemon=True).start()
+
+    def _count(self, images: Iterable[object]) -> None:
+        total = 0
+        with contextlib.suppress(ImageSearchError):  # the run meets it, too
+            for _ in images:
+                total += 1
+                if self._is_closed:
+                    return
+            self._total = self._bar.total = total
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar; nothing if the reader of stderr has closed it."""
-        with contextlib.suppress(BrokenPipeError):
-            tqdm.write(text, file=sys.stderr)
+        """Prints a line above the bar; nothing if it cannot be written."""
+        with tqdm.external_write_mode(sys.stderr):
+            cli.say(text)
 
     def on_retry(self, reason: str, delay: float) -> None:
         """Says what is retried; once if several threads retry the same."""
+        self._say_once(f"Retrying in {delay:.0f} s: {reason}." if delay >= 1 else f"Retrying: {reason}.", delay / 2)
+
+    def on_silence(self, service: str) -> None:
+        """Says that a request has had no answer for some seconds."""
+        self._say_once(f"Waiting for an answer: {service} has been silent for some seconds.", LINE_INTERVAL_SECONDS)
+
+    def _say_once(self, text: str, seconds: float) -> None:
+        """Prints a line, unless the same was printed less than `seconds` ago."""
         with self._lock:
-            last_reason, until = self._last_retry
-            if reason == last_reason and time.monotonic() < until:
+            if time.monotonic() < self._said.get(text, 0):
                 return
-            self._last_retry = (reason, time.monotonic() + delay / 2)
-        self.say(f"Retrying in {delay:.0f} s: {reason}." if delay >= 1 else f"Retrying: {reason}.")
+            self._said[text] = time.monotonic() + seconds
+        self.say(text)
 
     def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image; `kind` is its extension, or "hidden" and the like."""
-        self._skipped[kind] += 1
+        is_new = kind not in self._skipped
+        self._skipped["other" if is_new and len(self._skipped) >= MAX_KINDS else kind] += 1
 
     def count_unreadable(self, path: str, reason: str) -> None:
         """Counts an image that cannot be read, and says why."""
@@ -106,7 +128,10 @@ class Progress:
 
     def _update(self) -> None:
         """Brings the bar up to date, or prints a line from time to time if there is no terminal."""
-        if self._total is not None:
+        if not self._bar.disable:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or WIDE_COLUMNS
+            has_bar = self._total is not None and columns >= WIDE_COLUMNS
+            self._bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}" if has_bar else "{desc}"
             self._bar.set_description_str(self._status(), refresh=False)
             self._bar.update(self._done - self._bar.n)
         elif time.monotonic() >= self._next_line:
@@ -121,27 +146,32 @@ class Progress:
         if seconds >= ESTIMATE_AFTER_SECONDS and embedded:
             rate = embedded / seconds
             status += f", {rate:.0f}/s"
-            if self._total is not None:
+            if self._total is not None and self._total > self._done:
                 # Images that are not looked at yet may turn out to be unchanged: this is an upper bound.
                 status += f", {_duration((self._total - self._done) / rate)} left"
-        return status + (f", {self.unreadable} bad" if self.unreadable else "")
+        return status + (f", {self.unreadable} unreadable" if self.unreadable else "")
 
     def summary(self) -> str:
-        """Returns the counts of the whole run."""
+        """Returns the counts of the whole run; those that are 0 are left out, but for the new ones."""
         seconds = time.monotonic() - self._started
         embedded = self.new + self.updated - self.copied
         rate = f" ({embedded / seconds:.1f} images/s embedded)" if embedded else ""
-        copied = f" ({self.copied:,} of them copied from images with the same content)" if self.copied else ""
+        known = f" ({self.copied:,} with a known embedding)" if self.copied else ""
+        counts = [f"{self.new:,} new" + ("" if self.updated else known)]
+        if self.updated:
+            counts.append(f"{self.updated:,} updated{known}")
+        for name in ("unchanged", "deleted", "unreadable"):
+            if number := getattr(self, name):
+                counts.append(f"{number:,} {name}")
+        return f"{', '.join(counts)} in {seconds:.1f} s{rate}{self._skipped_kinds()}"
+
+    def _skipped_kinds(self) -> str:
+        """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""
         shown = self._skipped.most_common(KINDS_SHOWN)
-        kinds = [f"{number:,} {kind if ' ' in kind else quote_path(kind)}" for kind, number in shown]
+        kinds = [f"{number:,} {quote_path(kind) if kind.startswith('.') else kind}" for kind, number in shown]
         if others := self._skipped.total() - sum(number for _, number in shown):
-            kinds.append(f"{others:,} others")
-        skipped = ", ".join(kinds)
-        return (
-            f"{self.new:,} new, {self.updated:,} updated{copied}, {self.unchanged:,} unchanged,"
-            f" {self.deleted:,} deleted, {self.unreadable:,} unreadable in {seconds:.1f} s{rate}"
-            + (f"; skipped: {skipped}" if skipped else "")
-        )
+            kinds.append(f"{others:,} other")
+        return f"; skipped: {', '.join(kinds)}" if kinds else ""
 
 
 def _duration(seconds: float) -> str:

@@ -1,59 +1,54 @@
 """Deleting the documents whose files are gone."""
 
-import contextlib
-import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from imagesearch.documents import OpenedImage, document_id
 from imagesearch.errors import UsageError
-from imagesearch.index import Index
-from imagesearch.parallel import batched
+from imagesearch.index import WritableIndex
+from imagesearch.parallel import batch_until_error
 from imagesearch.paths import quote_path
-from imagesearch.sources import Source
+from imagesearch.sources import Part, Source
 
-PAGE_SIZE = 1000  # documents that are looked at together
-SAMPLE_SIZE = 20  # images whose content tells whether the source is the one that was indexed
-
-IsSelected = Callable[[str], bool]  # True for the ids that this run is responsible for
+BATCH_SIZE = 1000  # documents that are deleted together
+SAMPLE_SIZE = 16  # images whose content tells whether the source is the one that was indexed
 
 
-def prune(index: Index, source: Source, is_selected: IsSelected) -> Iterator[int]:
-    """Deletes the documents below `source` whose files are gone; yields the number deleted, page by page."""
-    return (index.delete(ids) for _, ids in _find_gone(index, source, is_selected))
+def prune(index: WritableIndex, source: Source, part: Part) -> Iterator[int]:
+    """Deletes the documents below `source` whose files are gone; yields the number deleted, batch by batch."""
+    paths = (path for path in index.list_paths(source.name) if part.contains(document_id(path)))
+    for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
+        yield index.delete([document_id(path) for path in gone])
 
 
-def check_prune(index: Index, source: Source) -> None:
+def check_prune(index: WritableIndex, source: Source) -> None:
     """Raises UsageError if `prune` would delete every document below the source, and its images are all new.
 
     That may be intended; but an unmounted disk, or another folder of the same name, looks the same. If
-    the images' contents are in the index, the files were only renamed.
+    the images' contents are in the index, the files were only renamed. What costs least is asked first.
     """
-    total = 0
-    for page_size, ids in _find_gone(index, source, lambda id_: True):
-        if len(ids) < page_size:
-            return
-        total += page_size
-    if total and not _has_known_content(index, source):
-        images = sum(1 for _ in source.find_images())
-        found = f"the {images:,} images there look new" if images else "there are no images at all"
-        raise UsageError(
-            f"--prune would delete all {total:,} documents below {quote_path(source.name)}: none of their files is"
-            f" left, and {found}. If that is intended, use --prune-all."
-        )
+    first = list(itertools.islice(index.list_paths(source.name), BATCH_SIZE))
+    if not _are_all_gone(source, first) or _has_known_content(index, source):
+        return
+    paths = list(index.list_paths(source.name)) if len(first) == BATCH_SIZE else first
+    if not _are_all_gone(source, paths):
+        return
+    images = sum(1 for _ in source.find_images())
+    found = f"the {images:,} images there look new" if images else "there are no images at all"
+    raise UsageError(
+        f"--prune would delete all {len(paths):,} documents below {quote_path(source.name)}: none of their files is"
+        f" left, and {found}. If that is intended, use --prune-all."
+    )
 
 
-def _has_known_content(index: Index, source: Source) -> bool:
+def _are_all_gone(source: Source, paths: list[str]) -> bool:
+    """Returns True if there are paths, and all of their files are gone; looks no further than the first that is not."""
+    gone = source.find_gone(paths)
+    return bool(paths) and all(path == next(gone, None) for path in paths)
+
+
+def _has_known_content(index: WritableIndex, source: Source) -> bool:
     """Returns True if the content of one of the first images below the source is in the index."""
-    sha256s = []
-    for image in itertools.islice(source.find_images(), SAMPLE_SIZE):
-        with contextlib.suppress(OSError, ValueError), source.open_image(image) as (_, stream):
-            sha256s.append(hashlib.file_digest(stream, "sha256").hexdigest())  # type: ignore[arg-type]
+    with source.open_images(list(itertools.islice(source.find_images(), SAMPLE_SIZE))) as opened:
+        sha256s = [image.sha256 for image in opened if isinstance(image, OpenedImage)]
     return bool(sha256s) and bool(index.find_embeddings(sha256s))
-
-
-def _find_gone(index: Index, source: Source, is_selected: IsSelected) -> Iterator[tuple[int, list[str]]]:
-    """Yields, page by page, the number of documents below the source, and the ids of those whose files are gone."""
-    for page in batched(index.list_paths(source.name), PAGE_SIZE):
-        ids = {file_path: id_ for id_, file_path in page if is_selected(id_)}
-        if ids:
-            yield len(ids), [ids[file_path] for file_path in source.find_gone(list(ids))]

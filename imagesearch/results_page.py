@@ -4,8 +4,10 @@ import base64
 import hashlib
 import html
 import io
+import math
 import os
 import posixpath
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from imagesearch.cache import atomic_write
-from imagesearch.documents import FileMetadata
+from imagesearch.documents import FileMetadata, IndexMetadata, OpenedImage
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.files import atomic_write
 from imagesearch.images import image_extensions, open_rgb
 from imagesearch.index import Index
 from imagesearch.parallel import available_cpus
-from imagesearch.paths import BUCKET_URL, file_path_to_local, path_to_text, query_name, quote_path
-from imagesearch.sources import open_indexed, open_query
+from imagesearch.paths import BUCKET_URL, file_path_to_local, index_folder, path_to_text, query_name, quote_path
+from imagesearch.sources import open_location, open_query
 
 THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
 THUMBNAIL_QUALITY = 75
@@ -62,6 +64,8 @@ a:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; form-action 'none'"
 
+TITLE = "<title>Nearest images</title>"  # by which a page of results is known, and may be overwritten
+
 HEAD = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -69,18 +73,16 @@ HEAD = f"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="referrer" content="no-referrer">
-<title>Nearest images</title>
+{TITLE}
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>Nearest images</h1></header>
-<main>
 """
 
 
 def check_page_path(text: str, images: Sequence[str]) -> Path:
     """Returns the path of the page. Raises UsageError for a file that should not be overwritten."""
-    path = Path(text)
+    path = Path(os.path.realpath(text))  # a symbolic link stays one
     problem = ""
     if any(image != "-" and os.path.exists(image) and path.exists() and path.samefile(image) for image in images):
         problem = "is one of the images to search for"
@@ -95,11 +97,11 @@ def check_page_path(text: str, images: Sequence[str]) -> Path:
     elif path.exists():
         try:
             with path.open("rb") as file:
-                start = file.read(1000).lstrip().lower()
+                start = file.read(1000).decode(errors="replace")
         except OSError as error:
             problem = f"cannot be read ({describe_error(error)})"
         else:
-            problem = "" if not start or start.startswith((b"<!doctype html", b"<html")) else "is not an HTML page"
+            problem = "" if not start or TITLE in start else "is not a page of results"
     if problem:
         raise UsageError(f"--html {quote_path(text)}: the file {problem}. Use --html with the name of a new file.")
     return path
@@ -108,25 +110,27 @@ def check_page_path(text: str, images: Sequence[str]) -> Path:
 class Page:
     """A page of results: for each query a section with its picture and its hits.
 
-    `folder` is the folder, as text, that the index's relative paths belong to.
+    `limits` says which of the index's images were searched; empty if all.
     """
 
-    def __init__(self, path: Path, index: Index, folder: str) -> None:
+    def __init__(self, path: Path, index: Index, name: str, metadata: IndexMetadata, limits: str = "") -> None:
         self._path = path
         self._index = index
-        self._folder = folder
+        self._folder = path_to_text(index_folder(metadata.folder))
+        self._header = f"<p>Index {escape(name)}, made with {escape(metadata.model.description)}</p>"
+        self._limits = escape(limits)
         self._results: list[tuple[str, dict[str, Any]]] = []
         self._thumbnails: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @contextmanager
-    def open_query(self, query: str) -> Iterator[BinaryIO]:
+    def open_query(self, query: str) -> Iterator[OpenedImage]:
         """Opens a query as `sources.open_query` does, and keeps its thumbnail."""
-        with open_query(query) as stream:
-            picture = thumbnail(stream)
+        with open_query(query) as image:
+            picture = thumbnail(image.stream)
             with self._lock:
                 self._thumbnails.setdefault(query, picture)
-            yield stream
+            yield image
 
     def add(self, query: str, response: dict[str, Any]) -> None:
         """Adds a section with Elasticsearch's response to a query, or with an error in the same form."""
@@ -151,7 +155,7 @@ class Page:
     def _write_sections(self, path: Path) -> None:
         threads = max(READERS, available_cpus())
         with path.open("w", encoding="utf-8") as page, ThreadPoolExecutor(threads) as pool:
-            page.write(HEAD)
+            page.write(f"{HEAD}<header><h1>Nearest images</h1>\n{self._header}</header>\n<main>\n")
             for number, (query, response) in enumerate(self._results, 1):
                 if "error" in response:
                     page.write(_error_section(number, query, response["error"]["reason"]))
@@ -164,23 +168,30 @@ class Page:
         indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
         file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
         pictures = pool.map(self._hit_picture, file_paths)
-        shown, name = query_name(query), _short_name(query)
+        name, short_name = breakable(query_name(query)), _short_name(query)
         yield f"""<section aria-labelledby="query-{number}">
 <div class="query">
-{self._query_picture(query, name)}
-<div><h2 id="query-{number}">Nearest to {name}</h2>
-<p>{escape(shown)}</p>
-<p>{len(hits)} {"image" if len(hits) == 1 else "images"}, nearest first; a score of 1 means the same picture</p></div>
+{self._query_picture(query, short_name)}
+<div><h2 id="query-{number}">Nearest to {short_name}</h2>
+{f"<p>{name}</p>" if name != short_name else ""}
+<p>{self._number_of_hits(len(hits))}</p></div>
 </div>
 <ol>
 """
         for hit, picture in zip(hits, pictures, strict=True):
-            fields = hit["fields"]
+            desc, file_path = escape(hit["fields"]["desc"][0]), breakable(hit["fields"]["file_path"][0])
             yield f"""<li>{picture}
-<div><span class="score" title="(1 + cosine) / 2">{hit["_score"]:.4f}</span><strong>{escape(fields["desc"][0])}</strong>
-<p>{escape(fields["file_path"][0])}</p></div></li>
+<div><span class="score" title="(1 + cosine) / 2">{_rounded_down(hit["_score"])}</span><strong>{desc}</strong>
+<p>{file_path}</p></div></li>
 """
         yield "</ol>\n</section>\n"
+
+    def _number_of_hits(self, number: int) -> str:
+        """Returns the HTML that says how many images a section has."""
+        if number == 0:
+            return f"No image{self._limits}"
+        images = "The nearest image" if number == 1 else f"The {number:,} nearest images"
+        return f"{images}{self._limits}; a score of 1 means the same picture"
 
     def _query_picture(self, query: str, name: str) -> str:
         """Returns the HTML of a query's thumbnail, linked to its file, if it is one."""
@@ -197,10 +208,10 @@ class Page:
         in_bucket = BUCKET_URL.match(file_path)
         path = file_path if in_bucket else file_path_to_local(file_path, self._folder)
         try:
-            with open_indexed(path) as (size, mtime, stream):
-                if indexed and (size, mtime) != (indexed.size, indexed.mtime):
+            with open_location(path) as image:
+                if indexed and image.sha256 != indexed.sha256:
                     return f'<div class="missing">{name} has changed since it was indexed</div>'
-                picture = _image_element(thumbnail(stream), name)
+                picture = _image_element(thumbnail(image.stream), name)
         except FileNotFoundError:
             return f'<div class="missing">{name} is gone</div>'
         except Exception:  # Pillow raises nearly anything for a damaged file
@@ -217,6 +228,11 @@ def _short_name(query: str) -> str:
     """Returns the HTML of a query's name without its folders."""
     name = query_name(query)
     return escape(posixpath.basename(name) or name)
+
+
+def _rounded_down(score: float) -> str:
+    """Returns a score with four digits; only that of the same picture is 1.0000."""
+    return f"{math.floor(score * 10_000 + 0.01) / 10_000:.4f}"
 
 
 def _error_section(number: int, query: str, reason: str) -> str:
@@ -244,3 +260,8 @@ def thumbnail(stream: BinaryIO) -> bytes:
 def escape(text: str) -> str:
     r"""Returns `text` as HTML that shows it; a byte that is not UTF-8 as ``\xff``."""
     return html.escape(path_to_text(text))
+
+
+def breakable(path: str) -> str:
+    """Returns a path as HTML that may be broken between its parts."""
+    return re.sub("([/_.-])", r"\1<wbr>", escape(path))

@@ -1,73 +1,136 @@
 """Retrying a service that has become unreachable, with growing delays."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, TypeVar
 
 from imagesearch.errors import ImageSearchError
+from imagesearch.parallel import start_thread
+
+if TYPE_CHECKING:
+    from imagesearch.interrupt import Interrupt
+    from imagesearch.progress import Progress
 
 Result = TypeVar("Result")
 
 INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 16.0
+POLL_SECONDS = 0.1
+SILENCE_SECONDS = 5  # without an answer, before the user is told
 
 
 class RetryableError(Exception):
     """A service cannot do something now but may do it later; the message says why.
 
-    `progress` is True if it has done part of it, so that the time limit starts again.
+    `hint` is what the user can do if it is not retried. `partially_done` is True if the service has done part
+    of it, so that the time limit starts again.
     """
 
-    def __init__(self, reason: str, progress: bool = False) -> None:
+    def __init__(self, reason: str, hint: str = "Run the command again later.", partially_done: bool = False) -> None:
         super().__init__(reason)
-        self.progress = progress
+        self.hint = hint
+        self.partially_done = partially_done
 
 
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return True
-
-
-@dataclass(frozen=True)
 class RetryPolicy:
-    """How long to retry, how to wait, and whom to tell.
+    """How long to retry one service, and whom to tell. Safe to use from several threads.
 
-    `sleep` waits for a number of seconds and returns False if the run was interrupted.
-    `on_retry` is called with the reason and the delay in seconds.
+    An outage has one time limit: a call that fails after others have failed, with no success in between,
+    has what is left of theirs.
     """
 
-    timeout_seconds: float = 0
-    sleep: Callable[[float], bool] = _sleep
-    on_retry: Callable[[str, float], None] = lambda reason, delay: None
+    def __init__(
+        self,
+        timeout_seconds: float = 0,
+        interrupt: "Interrupt | None" = None,
+        progress: "Progress | None" = None,
+    ) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._interrupt = interrupt
+        self._progress = progress
+        self._outage_started: float | None = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True if the run was interrupted."""
+        return self._interrupt is not None and self._interrupt.signal != 0
 
     def call(self, service: str, function: Callable[[], Result]) -> Result:
         """Returns ``function()``, repeated while it raises RetryableError.
 
         Raises ImageSearchError if that lasts longer than the timeout, or the run was interrupted.
         """
-        started, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
+        started: float | None = None
+        delay = INITIAL_BACKOFF_SECONDS
         while True:
             try:
-                return function()
+                with self._said_if_silent(service):
+                    result = function()
             except RetryableError as error:
-                if error.progress:
-                    started, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
+                if self._timeout_seconds == 0:
+                    reason = str(error)
+                    raise ImageSearchError(f"{reason[0].upper()}{reason[1:]}. {error.hint}") from None
+                if error.partially_done:
+                    started = self._outage_started = None
+                    delay = INITIAL_BACKOFF_SECONDS
+                self._outage_started = self._outage_started or time.monotonic()
+                started = started or self._outage_started
                 reason = str(error)
+            else:
+                self._outage_started = None
+                return result
             waited = time.monotonic() - started
-            delay = min(delay, self.timeout_seconds - waited)
-            if self.timeout_seconds == 0:
-                raise ImageSearchError(f"{service}: {reason}. Run the command again later.")
+            delay = min(delay, self._timeout_seconds - waited)
             if delay <= 0:
                 raise ImageSearchError(
                     f"{service} did not recover within {waited:.0f} s: {reason}."
                     " Run the command again to continue from here."
                 )
-            self.on_retry(reason, delay)
-            if not self.sleep(delay):
+            if self._progress:
+                self._progress.on_retry(reason, delay)
+            if not self._sleep(delay):
                 raise ImageSearchError(
                     f"Interrupted while retrying: {reason}. Run the command again to continue from here."
                 )
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)
+
+    def call_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
+        """Returns what `call` returns; raises ImageSearchError as soon as the run is interrupted.
+
+        ``function()`` runs on another thread: while it waits inside a library that is not Python, no signal handler
+        could run on this one.
+        """
+        return self.call(service, lambda: self._on_thread(service, function))
+
+    def _on_thread(self, service: str, function: Callable[[], Result]) -> Result:
+        future = start_thread(function)
+        while not wait([future], timeout=POLL_SECONDS).done:
+            if self.is_interrupted:
+                raise ImageSearchError(f"Interrupted while waiting for an answer. {service} is silent.")
+        return future.result()
+
+    def _sleep(self, seconds: float) -> bool:
+        """Waits; returns False if the run was interrupted."""
+        if self._interrupt:
+            return self._interrupt.sleep(seconds)
+        time.sleep(seconds)
+        return True
+
+    @contextlib.contextmanager
+    def _said_if_silent(self, service: str) -> Iterator[None]:
+        """Tells the user if the block takes long: a server that answers nothing looks like a program that hangs."""
+        if not self._progress:
+            yield
+            return
+        timer = threading.Timer(SILENCE_SECONDS, self._progress.on_silence, [service])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 NO_RETRY = RetryPolicy()

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,18 @@ from typing import Any, Self
 import apsw
 import numpy as np
 import sqlite_vec
-from numpy.typing import NDArray
 
-from imagesearch.documents import Document, FileMetadata, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.documents import (
+    SCORE_TOLERANCE,
+    Document,
+    Embedding,
+    FileMetadata,
+    IndexMetadata,
+    MetadataUpdate,
+    ModelInfo,
+)
 from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.parallel import batched
+from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
 from imagesearch.paths import quote_path
 
 APPLICATION_ID = 0x494D5345  # "IMSE": marks the file as this project's
@@ -48,8 +56,13 @@ SEARCH_ALL = SEARCH.format("+index_name = :name")
 SEARCH_CLASS = SEARCH.format('index_name = :name AND "desc" = :desc')
 
 
+# A range of the index on file_path: what begins with the prefix is together.
+BELOW = """index_name = :name AND file_path > :after AND file_path >= :prefix
+AND substr(file_path, 1, length(:prefix)) = :prefix"""
+
+
 class SqliteIndex:
-    """An `Index` named `name` in the SQLite file `path`, which is created with the index.
+    """A `WritableIndex` named `name` in the SQLite file `path`, which is created with the index.
 
     A file that is not writable, or on a read-only disk, can be searched.
     """
@@ -58,22 +71,30 @@ class SqliteIndex:
         self._path = path
         self._name = name
         self._database: apsw.Connection | None = None
-        self._lock = threading.Lock()  # embeddings are looked up on another thread than they are written
+        self._lock = threading.Lock()  # of _database
+        self._searcher = threading.local()  # SQLite searches on as many CPUs as there are connections
 
     def __enter__(self) -> Self:
         if self._path.exists():
-            self._open()
+            self._database = self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._database:
             self._database.close()
 
+    @property
+    def max_searches(self) -> int:
+        return available_cpus()
+
+    @property
+    def location(self) -> str:
+        return quote_path(str(self._path))
+
     def _open(self) -> apsw.Connection:
         """Opens the file, or creates an empty one. Raises UsageError if it is not an index of this project."""
         with self._explain_errors():
             database = apsw.Connection(str(self._path))
-            self._database = database
             database.set_busy_timeout(1000 * BUSY_TIMEOUT_SECONDS)
             database.enable_load_extension(True)
             database.load_extension(sqlite_vec.loadable_path())
@@ -95,16 +116,20 @@ class SqliteIndex:
         return database
 
     def get_metadata(self) -> IndexMetadata | None:
+        return self._all_metadata().get(self._name)
+
+    def list_indexes(self) -> dict[str, str]:
+        return {name: metadata.model.model for name, metadata in self._all_metadata().items()}
+
+    def _all_metadata(self) -> dict[str, IndexMetadata]:
+        """Returns what is recorded about each index in the file."""
         if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'indexes'"):
-            return None
-        rows = self._select("SELECT metadata FROM indexes WHERE name = ?", self._name)
-        if not rows:
-            return None
-        metadata = json.loads(rows[0][0])
-        return IndexMetadata(ModelInfo(**metadata["model"]), metadata["folder"])
+            return {}
+        rows = [(name, json.loads(text)) for name, text in self._select("SELECT name, metadata FROM indexes")]
+        return {name: IndexMetadata(ModelInfo(**record["model"]), record["folder"]) for name, record in rows}
 
     def create(self, metadata: IndexMetadata) -> None:
-        database = self._database or self._open()
+        self._database = database = self._database or self._open()
         with self._explain_errors():
             database.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
         with self._transaction():
@@ -117,17 +142,22 @@ class SqliteIndex:
                    WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"""
         return {id_: FileMetadata(*row) for id_, *row in self._select(query, self._name, json.dumps(ids))}
 
-    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
         query = """SELECT sha256, embedding FROM images
                    WHERE index_name = ? AND sha256 IN (SELECT value FROM json_each(?)) GROUP BY sha256"""
         rows = self._select(query, self._name, json.dumps(sha256s))
         return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
-        for batch in batched(items, TRANSACTION_SIZE):
-            with self._transaction():
-                written = [item for item in batch if self._write_one(item)]
-            yield from written
+        batches = batch_until_error(items, TRANSACTION_SIZE)
+        with ThreadPoolExecutor(1) as pool:  # while SQLite waits for the disk, images are embedded
+            for written in map_buffered(pool, self._write_batch, batches, 2):
+                yield from written
+
+    def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> list[Document | MetadataUpdate]:
+        """Writes documents in one transaction; returns those that are stored."""
+        with self._transaction():
+            return [item for item in batch if self._write_one(item)]
 
     def _write_one(self, item: Document | MetadataUpdate) -> bool:
         """Writes one document; returns False if there is none whose metadata could be updated."""
@@ -144,13 +174,16 @@ class SqliteIndex:
         self._database.execute(insert, (self._name, image.id, *row))
         return True
 
-    def list_paths(self, folder: str) -> Iterator[tuple[str, str]]:
-        prefix, after = folder.rstrip("/") + "/", ""
-        query = """SELECT id, file_path FROM images WHERE index_name = ? AND file_path > ? AND file_path >= ?
-                   AND substr(file_path, 1, ?) = ? ORDER BY file_path LIMIT 1000"""
-        while page := self._select(query, self._name, after, prefix, len(prefix), prefix):
-            yield from page
-            after = page[-1][1]
+    def count_below(self, folder: str) -> int:
+        prefix = folder.rstrip("/") + "/"
+        query = f"SELECT count(*) FROM images WHERE {BELOW}"
+        return int(self._select(query, {"name": self._name, "prefix": prefix, "after": ""})[0][0])
+
+    def list_paths(self, folder: str) -> Iterator[str]:
+        values = {"name": self._name, "prefix": folder.rstrip("/") + "/", "after": ""}
+        while page := self._select(f"SELECT file_path FROM images WHERE {BELOW} ORDER BY file_path LIMIT 1000", values):
+            yield from (file_path for (file_path,) in page)
+            values["after"] = page[-1][0]
 
     def delete(self, ids: Sequence[str]) -> int:
         query = "DELETE FROM images WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"
@@ -167,24 +200,23 @@ class SqliteIndex:
         )
 
     def search(
-        self, embedding: NDArray[np.float32], k: int, desc: str | None = None, min_score: float | None = None
+        self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        values = {
-            "name": self._name,
-            "embedding": embedding.astype(np.float32).tobytes(),
-            "k": k,
-        }
-        rows = self._select(SEARCH_ALL if desc is None else SEARCH_CLASS, values | {"desc": desc})
+        if not hasattr(self._searcher, "database"):
+            self._searcher.database = self._open()
+        values = {"name": self._name, "embedding": embedding.astype(np.float32).tobytes(), "k": k, "desc": desc}
+        with self._explain_errors():
+            rows = self._searcher.database.execute(SEARCH_ALL if desc is None else SEARCH_CLASS, values).fetchall()
         hits = [
             {
                 "_index": self._name,
                 "_id": id_,
-                "_score": min(1.0, 1 - distance / 2),  # (1 + cosine) / 2, as Elasticsearch has it
+                "_score": _score(distance),
                 "fields": {"file_path": [file_path], "desc": [class_]},
             }
             for id_, file_path, class_, distance in rows
-            if min_score is None or 1 - distance / 2 >= min_score
+            if min_score is None or _score(distance) >= min_score - SCORE_TOLERANCE
         ]
         return {
             "took": int((time.perf_counter() - started) * 1000),
@@ -230,6 +262,9 @@ class SqliteIndex:
                 f"{path} is not an SQLite file, or is damaged ({error}): move it away or use another --db."
             ) from None
         except apsw.Error as error:
-            raise ImageSearchError(
-                f"{path} cannot be read or written: {error}. Fix this, then run the command again."
-            ) from None
+            raise ImageSearchError(f"{path} cannot be read or written: {error}.") from None
+
+
+def _score(distance: float) -> float:
+    """Returns Elasticsearch's score, (1 + cosine) / 2, with the digits of a float32."""
+    return min(1.0, float(str(np.float32(1 - distance / 2))))

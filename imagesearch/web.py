@@ -1,66 +1,79 @@
 """Images to search for, from the web."""
 
 import contextlib
-import io
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
-from urllib.parse import urljoin, urlsplit
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from typing import TypeVar
 
 import requests
 import urllib3
 
+from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
+from imagesearch.documents import OpenedImage
 from imagesearch.errors import describe_error, root_cause
-from imagesearch.images import MAX_CONTENT_BYTES, check_size, content_memory
+from imagesearch.parallel import start_thread
 from imagesearch.paths import query_name
 
-DOWNLOAD_TIMEOUT_SECONDS = 30
+Result = TypeVar("Result")
+
+DOWNLOAD_TIMEOUT_SECONDS = 30  # for all of it
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 5, 10
 MAX_REDIRECTS = 5
 
 
 @contextlib.contextmanager
-def open_url(url: str) -> Iterator[BinaryIO]:
-    """Yields the content at an http or https URL. Raises ValueError if it cannot be downloaded."""
-    try:
-        with requests.Session() as session, _get(session, url) as response:
-            if response.status_code != 200:
-                raise ValueError(f"the server answered HTTP {response.status_code}")
+def open_url(url: str) -> Iterator[OpenedImage]:
+    """Yields the content at an http or https URL. Raises ValueError, which shows no URL, if it cannot be downloaded."""
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_SECONDS
+    with requests.Session() as session:
+        session.max_redirects = MAX_REDIRECTS
+        session.headers["Accept-Encoding"] = "identity"  # what is compressed has no limit to its size
+        response = _until(deadline, lambda: _get(session, url))
+        with response:
             length = response.headers.get("Content-Length", "")
-            check_size(int(length) if length.isdigit() else 0)
-            with content_memory.reserve(int(length) if length.isdigit() else MAX_CONTENT_BYTES):
-                yield _download(response)
+            size = int(length) if length.isascii() and length.isdigit() else MAX_CONTENT_BYTES
+            check_size(size)
+            with content_memory.reserve(size):
+                yield opened_from_memory(query_name(url), _until(deadline, lambda: _read(response, deadline)))
+
+
+def _until(deadline: float, function: Callable[[], Result]) -> Result:
+    """Returns ``function()``, with a limit to all of its time: those of sockets begin again with each byte."""
+    future = start_thread(function)
+    if not wait([future], timeout=deadline - time.monotonic()).done:
+        raise ValueError(f"not complete after {DOWNLOAD_TIMEOUT_SECONDS} seconds")
+    try:
+        return future.result()
+    except requests.TooManyRedirects:
+        raise ValueError(f"more than {MAX_REDIRECTS} redirects") from None
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
+        raise ValueError("it, or where it redirects to, is not a valid http or https URL") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise ValueError(describe_error(root_cause(error)).split(": ")[-1]) from None
 
 
 def _get(session: requests.Session, url: str) -> requests.Response:
-    """Sends a GET request; follows redirects within the URL's scheme."""
-    for _ in range(MAX_REDIRECTS + 1):
-        response = session.get(
-            url, stream=True, allow_redirects=False, timeout=(CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS)
-        )
-        following = session.get_redirect_target(response)
-        if following is None:
-            return response
-        response.close()
-        following = urljoin(url, following)
-        if urlsplit(following).scheme != urlsplit(url).scheme:
-            raise ValueError(f"it redirects to another scheme, {query_name(following)}")
-        url = following
-    raise ValueError(f"more than {MAX_REDIRECTS} redirects")
+    """Sends a GET request and follows redirects, but not from https to http."""
+    response = session.get(url, stream=True, timeout=(CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS))
+    schemes = [each.url.partition(":")[0].lower() for each in (*response.history, response)]
+    if "https" in schemes and "http" in schemes[schemes.index("https") :]:
+        raise ValueError("it redirects from https to http")
+    if response.status_code != 200:
+        raise ValueError(f"the server answered HTTP {response.status_code}")
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ValueError("the server sends it compressed")
+    return response
 
 
-def _download(response: requests.Response) -> BinaryIO:
-    """Reads the body of a response, for at most DOWNLOAD_TIMEOUT_SECONDS."""
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_SECONDS
-    content = io.BytesIO()
-    while chunk := response.raw.read1(1 << 16, decode_content=True):
-        content.write(chunk)
-        check_size(content.tell())
+def _read(response: requests.Response, deadline: float) -> bytes:
+    """Returns the body of a response."""
+    content = bytearray()
+    while chunk := response.raw.read1(1 << 16):
+        content += chunk
+        check_size(len(content))
         if time.monotonic() > deadline:
             raise ValueError(f"not complete after {DOWNLOAD_TIMEOUT_SECONDS} seconds")
     if response.raw.length_remaining:
         raise ValueError("the connection ended before the image was complete")
-    content.seek(0)
-    return content
+    return bytes(content)

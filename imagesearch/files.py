@@ -1,0 +1,68 @@
+"""Files: written atomically, hashed, and how many may be open."""
+
+import contextlib
+import glob
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+STALE_SECONDS = 3600
+MAX_OPEN_FILES = 4096  # more is of no use
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, which replaces `path` when the block succeeds.
+
+    So `path` is never seen half-written, whoever else reads or writes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path.parent, path.name)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Removes the temporary files of `atomic_write` that a killed process has left."""
+    pattern = f"{name if name == '*' else glob.escape(name)}.[0-9]*-[0-9]*.tmp"
+    for temporary in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
+                temporary.unlink()
+
+
+def stream_sha256(stream: BinaryIO) -> str:
+    """Returns the SHA-256, in hex, of what is left to read."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of the file in hex."""
+    with path.open("rb") as file:
+        return stream_sha256(file)
+
+
+def max_open_files() -> int:
+    """Returns how many files this process may open, after raising its limit as far as it may.
+
+    macOS allows 256 at first.
+    """
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,54 @@
+"""The first import of both scripts: what must be settled before the imports that take long, and `run`."""
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback, from here on
+
+import importlib.util  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import NoReturn  # noqa: E402
+
+from imagesearch.cli import OutputError, say  # noqa: E402
+from imagesearch.errors import ImageSearchError, UsageError, describe_error  # noqa: E402
+from imagesearch.paths import quote_path  # noqa: E402
+
+
+def _open_standard_streams() -> None:
+    """Opens /dev/null for each standard stream that was closed (``2>&-``), so that no other file takes its number.
+
+    It is opened for reading, so that results that cannot be written are an error, as they are for `cat`.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a script's `main` and exits with its code, or with one line in place of a traceback."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        code = main()
+    except ImageSearchError as error:
+        say(f"{program}: {error}")
+        code = error.exit_code
+    except OSError as error:  # of the system, where nothing more specific is known
+        place = f": {quote_path(str(error.filename))}" if error.filename else ""
+        say(f"{program}: {describe_error(error)}{place}.")
+        code = ImageSearchError.exit_code
+    except OutputError as error:
+        code = 141  # as for a program that SIGPIPE ends: the reader has gone, as `| head -1` does
+        cause = error.__cause__
+        if cause and not isinstance(cause, BrokenPipeError):
+            say(f"{program}: the results cannot be written: {describe_error(cause)}.")
+            code = ImageSearchError.exit_code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+_open_standard_streams()
+if importlib.util.find_spec("imgbeddings") is None:
+    say("The dependencies are not installed: run pip install -r requirements.txt, or source .venv/bin/activate.")
+    sys.exit(UsageError.exit_code)
