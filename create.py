@@ -135,9 +135,9 @@ def prepare_index(index: WritableIndex, metadata: IndexMetadata | None, argument
     Raises UsageError if ``--model`` is not the index's model.
     """
     if metadata:
-        model = load_index_model(metadata.model, arguments.model, threads=1)
+        model = load_index_model(metadata.model, arguments.model)
     else:
-        model = load_model(arguments.model or "clip", threads=1)
+        model = load_model(arguments.model or "clip")
         metadata = IndexMetadata(model.info, path_to_text(index_folder(None)))
         index.create(metadata)
         created = index.get_metadata()

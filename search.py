@@ -22,7 +22,7 @@ from imagesearch.embed import Query, embed_queries
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import Model, check_version, load_index_model
-from imagesearch.parallel import available_cpus, map_buffered
+from imagesearch.parallel import map_buffered
 from imagesearch.paths import path_to_text, query_name, quote_path
 from imagesearch.results_page import Page, check_page_path
 from imagesearch.sources import open_query
@@ -132,8 +132,7 @@ def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespa
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
     """Returns a function that loads the index's model: at once if ``--model`` is given, so that it is checked."""
-    threads = available_cpus() if len(arguments.image) == 1 else 1
-    load = functools.cache(lambda: load_index_model(info, arguments.model, threads))
+    load = functools.cache(lambda: load_index_model(info, arguments.model, len(arguments.image)))
     if arguments.model:
         load()
     return load

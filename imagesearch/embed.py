@@ -65,7 +65,7 @@ def _document(
     image = replace(candidate.image, size=opened.size, mtime=opened.mtime)
     if _is_unchanged(candidate, opened):
         return MetadataUpdate(image)
-    is_copy = opened.sha256 in known
+    is_copy = embedder.knows(opened, known)
     embedding = embedder.embed(opened, known)
     if isinstance(embedding, Unreadable):
         return embedding
@@ -103,9 +103,16 @@ class Embedder:
                 known |= self._index.find_embeddings(missing)
         return known
 
+    def knows(self, image: OpenedImage, known: dict[str, Embedding]) -> bool:
+        """Returns True if the image's embedding is in `known`; one that was made since is added to it."""
+        with self._lock:
+            if image.sha256 not in known and image.sha256 in self._recent:
+                known[image.sha256] = self._recent[image.sha256]
+        return image.sha256 in known
+
     def embed(self, image: OpenedImage, known: dict[str, Embedding]) -> Embedding | Unreadable:
         """Returns the image's embedding: from `known`, or made now and added to it."""
-        if image.sha256 not in known:
+        if not self.knows(image, known):
             try:
                 known[image.sha256] = self._compute(image)
             except ImageSearchError:  # the model cannot be loaded

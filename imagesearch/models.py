@@ -45,10 +45,11 @@ class Thumbnail:
         return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 
 
-def load_model(name: str, threads: int) -> Model:
+def load_model(name: str, image_count: int | None = None) -> Model:
     """Returns the model that ``--model`` names: ``clip`` (downloaded once), ``thumbnail``, or an ONNX file.
 
-    `threads` is the number of threads that work on one image. Raises UsageError if the model cannot be loaded.
+    `image_count` is how many images will be embedded, None for many. Raises ImageSearchError if the model cannot
+    be loaded.
     """
     if name == "thumbnail":
         return Thumbnail()
@@ -57,14 +58,14 @@ def load_model(name: str, threads: int) -> Model:
     if name == "clip":
         from imagesearch.hub import clip_path
 
-        return load_onnx(name, clip_path(), threads)
+        return load_onnx(name, clip_path(), image_count)
     path = Path(name).absolute()
     if not os.path.isfile(path):
         raise UsageError(f"--model {quote_path(name)}: no such file. Use an ONNX file, clip or thumbnail.")
-    return load_onnx(path_to_text(str(path)), path, threads)
+    return load_onnx(path_to_text(str(path)), path, image_count)
 
 
-def load_index_model(info: ModelInfo, name: str | None, threads: int) -> Model:
+def load_index_model(info: ModelInfo, name: str | None, image_count: int | None = None) -> Model:
     """Returns the model that made an index: the one recorded in it, or `name`, which must be the same one.
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
@@ -72,7 +73,7 @@ def load_index_model(info: ModelInfo, name: str | None, threads: int) -> Model:
     if name in MODEL_NAMES and info.model in MODEL_NAMES and name != info.model:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:
-        model = load_model(name or path_from_text(info.model), threads)
+        model = load_model(name or path_from_text(info.model), image_count)
     except UsageError as error:
         if name or info.model in MODEL_NAMES:
             raise

@@ -1,80 +1,80 @@
-"""What the tests share: a real Elasticsearch, the two scripts as a user runs them, small images and models."""
+"""The fixtures of all tests."""
 
-import contextlib
 import hashlib
 import http.server
-import json
 import os
-import subprocess
-import sys
+import shutil
 import threading
-import uuid
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, TypeVar
 
-import numpy as np
 import pytest
-import requests
-from onnx import TensorProto, helper
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 
-from imagesearch.images import open_rgb
-from tests.certificates import trusting_session
-from tests.server import ROOT, S3, Cluster, UnavailableError
+from tests.clip_model import build
+from tests.http_servers import Hub, Web
+from tests.pictures import Picture, averaging_model, image, png
+from tests.running import COUNTING, MANY, Scripts, environment
+from tests.server import FEWER, ROLES, ROOT, S3, Bucket, Cluster, Server, cluster, s3_server, unavailable
 
-# Privileges on the index: the smallest with which each script can do all it can, and too few.
-ROLES = {
-    "creator": ["create_index", "read", "write", "maintenance", "view_index_metadata"],
-    "searcher": ["read", "view_index_metadata"],
-    "reader": ["read"],
-}
-FEWER = {
-    f"{role}-without-{privilege}": [other for other in ROLES[role] if other != privilege]
-    for role in ("creator", "searcher")
-    for privilege in ROLES[role]
-}
+TEST_ES_URL = os.environ.get("TEST_ES_URL")
+Fixture = TypeVar("Fixture", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running Elasticsearch: `ES_URL` and `ES_CA_CERT` for it."""
-
-    url: str
-    ca: str
-    urls: dict[str, str] = field(default_factory=dict)
-    """`ES_URL` for users with fewer privileges, by role."""
-
-    def request(self, method: str, path: str, body: Any = None) -> Any:
-        """Sends a request as the administrator; its JSON."""
-        kind = (
-            {"json": body}
-            if not isinstance(body, bytes)
-            else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
-        )
-        with trusting_session(Path(self.ca)) if self.ca else requests.Session() as session:
-            answer = session.request(method, f"{self.url.split(',')[0]}/{path}", timeout=60, **kind)
-        assert answer.ok, answer.text
-        return answer.json()
-
-
-# Tests that use one of these need a server or a browser, or start many processes.
-SLOW_FIXTURES = {"server", "s3", "three", "fragile", "newest", "browser", "hub", "web", "scripts", "local", "many"}
+def slow(fixture: Fixture) -> Fixture:
+    """Marks a fixture: the tests that use it are slow, since it needs a server or a browser, or runs the scripts."""
+    fixture.is_slow = True  # type: ignore[attr-defined]
+    return fixture
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests as slow by what they need, for `make test-fast`."""
+    """Marks the tests that use a slow fixture as slow, for `make test-fast`, and puts them after the others."""
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+        if any(getattr(definitions[-1].func, "is_slow", False) for definitions in fixtures):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
-def unavailable(reason: str) -> NoReturn:
-    """Skips, with the reason; in CI a missing server is a failure."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
+# Servers that all tests share. They start in the background, one after the other, while the first tests run.
+
+
+SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "server": lambda: cluster(1, roles=ROLES | FEWER),
+    "s3": s3_server,
+    # A server to kill; it takes one bulk at a time for one shard and lets one more wait.
+    "fragile_server": lambda: cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1),
+    "fragile_s3": s3_server,
+    "three_nodes": lambda: cluster(3),
+    "elasticsearch_9": lambda: cluster(1, release="9.2.0"),
+}
+_started: dict[str, "Future[tuple[Any, ExitStack]]"] = {}
+_pool = ThreadPoolExecutor(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to start the servers that the selected tests need."""
+    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    for name in SERVERS:
+        if name in needed and not session.config.option.collectonly and not (name == "server" and TEST_ES_URL):
+            _started[name] = _pool.submit(_start, name)
+
+
+def _start(name: str) -> tuple[Any, ExitStack]:
+    stack = ExitStack()
+    return stack.enter_context(SERVERS[name]()), stack
+
+
+def started(name: str) -> Iterator[Any]:
+    """Yields a server as soon as it has started, and ends it."""
+    server, stack = _started[name].result()
+    with stack:
+        yield server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,119 +83,61 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@contextlib.contextmanager
-def cluster(size: int, **settings: object) -> Iterator[Cluster]:
-    """Starts `size` nodes of Elasticsearch 8.19 with these settings."""
-    try:
-        nodes = Cluster(size=size, **settings)  # type: ignore[arg-type]
-    except UnavailableError as reason:
-        unavailable(str(reason))
-    with nodes:
-        yield nodes
-
-
-@contextlib.contextmanager
-def s3_server(in_memory: bool = False) -> Iterator[S3]:
-    """An S3 server."""
-    try:
-        server = S3(in_memory)
-    except UnavailableError as reason:
-        unavailable(str(reason))
-    with server:
-        yield server
-
-
 @pytest.fixture(scope="session")
+@slow
 def s3() -> Iterator[S3]:
     """An S3 server whose objects are on disk."""
-    with s3_server() as server:
-        yield server
+    yield from started("s3")
 
 
 @pytest.fixture(scope="session")
+@slow
+def fragile_s3() -> Iterator[S3]:
+    """An S3 server to kill; a test that does starts it again."""
+    yield from started("fragile_s3")
+
+
+@pytest.fixture(scope="session")
+@slow
 def server() -> Iterator[Server]:
     """Elasticsearch 8.19, or the one that `TEST_ES_URL` (and `TEST_ES_CA_CERT`) name."""
-    if url := os.environ.get("TEST_ES_URL"):
-        yield Server(url, os.environ.get("TEST_ES_CA_CERT", ""))
+    if TEST_ES_URL:
+        yield Server(TEST_ES_URL, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    with cluster(1, roles=ROLES | FEWER) as node:
+    for node in started("server"):
         yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES | FEWER})
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[Cluster]:
+@slow
+def fragile_server() -> Iterator[Cluster]:
+    """Elasticsearch to kill; a test that does starts it again."""
+    yield from started("fragile_server")
+
+
+@pytest.fixture(scope="session")
+@slow
+def three_nodes() -> Iterator[Cluster]:
     """Three nodes; a test that kills one starts it again."""
-    with cluster(3) as nodes:
-        yield nodes
+    yield from started("three_nodes")
 
 
-@dataclass
-class Scripts:
-    """Runs create.py and search.py as a user does, in a folder of their own, on an index of their own."""
-
-    folder: Path
-    environment: dict[str, str]
-    index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
-
-    def start(
-        self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
-    ) -> "subprocess.Popen[str]":
-        """Starts a script; its output is text, on pipes."""
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, arguments), "--index", self.index],
-            cwd=self.folder,
-            env=self.environment | environment,
-            text=True,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-        process = self.start(script, *arguments, **environment)
-        stdout, stderr = process.communicate(timeout=120)
-        assert "Traceback" not in stderr, stderr
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
-        """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
-        model = () if "--model" in arguments else ("--model", "thumbnail")
-        done = self.run("create.py", *model, *arguments, **environment)
-        assert done.returncode == code, done.stderr
-        return done.stderr
-
-    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
-        """Runs search.py; the JSON that it prints, a line each."""
-        done = self.run("search.py", *arguments, **environment)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    def paths(self) -> list[str]:
-        """The `file_path` of every document, sorted."""
-        anything = self.folder / "anything.png"
-        Image.new("RGB", (20, 20), "teal").save(anything)
-        hits = self.search(anything, "-k", 10_000)[0]["hits"]["hits"]
-        return sorted(hit["fields"]["file_path"][0] for hit in hits)
-
-
-def environment(home: Path) -> dict[str, str]:
-    """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_", "AWS_"))}
-    return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
-
-
-def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
-    """The scripts on a cluster, run in `folder`."""
-    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
+@pytest.fixture(scope="session")
+@slow
+def elasticsearch_9() -> Iterator[Cluster]:
+    """Elasticsearch 9.2, where a JDK 21 or newer is found."""
+    yield from started("elasticsearch_9")
 
 
 @pytest.fixture
+@slow
 def local(tmp_path: Path) -> Scripts:
     """The scripts on the local index file."""
     return Scripts(tmp_path, environment(tmp_path))
 
 
 @pytest.fixture
+@slow
 def elastic(tmp_path: Path, server: Server) -> Iterator[Scripts]:
     """The scripts on the real Elasticsearch."""
     scripts = Scripts(tmp_path, environment(tmp_path) | {"ES_URL": server.url, "ES_CA_CERT": server.ca})
@@ -206,13 +148,11 @@ def elastic(tmp_path: Path, server: Server) -> Iterator[Scripts]:
 
 
 @pytest.fixture(params=["local", "elastic"])
+@slow
 def scripts(request: pytest.FixtureRequest) -> Scripts:
     """The scripts on each kind of index in turn."""
     scripts: Scripts = request.getfixturevalue(request.param)
     return scripts
-
-
-Picture = Callable[..., Path]
 
 
 @pytest.fixture
@@ -228,79 +168,8 @@ def picture(tmp_path: Path) -> Picture:
     return make
 
 
-def image(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture with large coloured patches, as different from another seed's as two photographs."""
-    patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
-
-
-def read_image(stream: BinaryIO) -> Image.Image:
-    """Decodes an image as the scripts do."""
-    with open_rgb(stream) as picture:
-        return picture
-
-
-def averaging_model(path: Path, scale: float = 1.0) -> Path:
-    """An ONNX model with imgbeddings' input and output: the pixels averaged to 16×16, times `scale`."""
-    pool = helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[14, 14], strides=[14, 14])
-    flat = helper.make_node("Flatten", ["pooled"], ["flat"])
-    constant = helper.make_tensor("scale", TensorProto.FLOAT, [], [scale])
-    scaled = helper.make_node("Mul", ["flat", "scale"], ["embeddings"])
-    pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 224, 224])
-    embeddings = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", 768])
-    graph = helper.make_graph([pool, flat, scaled], "averaging", [pixels], [embeddings], [constant])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-class Answering(http.server.BaseHTTPRequestHandler):
-    """A quiet handler whose `answer` answers every method."""
-
-    def answer(self) -> None:
-        raise NotImplementedError
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_POST(self) -> None:
-        self.answer()
-
-    def do_PUT(self) -> None:
-        self.answer()
-
-    def do_DELETE(self) -> None:
-        self.answer()
-
-    def log_message(self, *_: object) -> None: ...
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The one file of the hub, as the hub serves it: large-file headers, then the bytes."""
-
-    content = b""
-    promised = ""  # the SHA-256 that its header says
-    cut = 0  # bytes left out at the end
-
-    def do_HEAD(self) -> None:
-        self.send_response(200 if self.path == "/minimaxir/imgbeddings/resolve/main/patch32_v1.onnx" else 404)
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", f'"{self.promised}"')
-        self.send_header("Content-Length", str(len(self.content)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.content[: len(self.content) - self.cut])
-
-    def log_message(self, *_: object) -> None: ...
-
-
 @pytest.fixture
+@slow
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A hub on this machine with a small model; the environment in which scripts find it."""
     content = averaging_model(tmp_path / "hub.onnx").read_bytes()
@@ -313,3 +182,94 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
             "HF_HOME": str(tmp_path / "hf"),
         }
         server.shutdown()
+
+
+@pytest.fixture
+def bucket(s3: S3, request: pytest.FixtureRequest) -> Bucket:
+    return Bucket(s3, f"test-{hashlib.sha256(request.node.name.encode()).hexdigest()[:20]}-{time.time_ns()}")
+
+
+@pytest.fixture
+def on_s3(scripts: Scripts, s3: S3) -> Scripts:
+    """The scripts on each kind of index, with the S3 server's credentials."""
+    scripts.environment |= s3.environment
+    return scripts
+
+
+@pytest.fixture
+def local_s3(local: Scripts, s3: S3) -> Scripts:
+    local.environment |= s3.environment
+    return local
+
+
+@pytest.fixture(scope="session")
+@slow
+def web() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that give up
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://user:hunter2@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def indexed(local: Scripts) -> Scripts:
+    """An index with one image, which every query that can be read finds."""
+    (local.folder / "images").mkdir()
+    (local.folder / "images" / "a.png").write_bytes(png(1))
+    local.create()
+    return local
+
+
+@pytest.fixture
+def counting(scripts: Scripts) -> Scripts:
+    """The scripts with a model that counts its calls."""
+    calls = scripts.folder / "calls"
+    (scripts.folder / "sitecustomize.py").write_text(COUNTING.format(path=str(calls)))
+    scripts.environment["PYTHONPATH"] = os.pathsep.join([str(scripts.folder), str(ROOT)])
+    return scripts
+
+
+@pytest.fixture(scope="session")
+@slow
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `images/`: thousands of small pictures in ten classes."""
+    folder = tmp_path_factory.mktemp("many_images")
+    for number in range(MANY):
+        path = folder / "images" / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        color = (number % 256, number // 256 * 16, 99)
+        Image.new("RGB", (4, 4), color).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+@slow
+def browser() -> Iterator[Browser]:
+    """The system's Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        unavailable("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def birds(picture: Picture) -> list[Path]:
+    """Thirty images in three classes and one in none."""
+    names = [
+        f"images/{bird}/{number}.png" for bird in ("Bald_Eagle", "Osprey", "deep/down/Wren") for number in range(10)
+    ]
+    return [picture(name) for name in [*names, "images/loose.jpg"]]
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's shape and operators, three layers of it, with random weights."""
+    path = tmp_path_factory.mktemp("model") / "clip.onnx"
+    build(path, layers=3)
+    return path

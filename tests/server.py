@@ -6,6 +6,7 @@ most modules (`GET /` is not served, API keys are not kept). Needs Maven and a J
 """
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -18,12 +19,18 @@ import subprocess
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any, NoReturn
 from urllib.parse import quote
 
+import obstore
+import pytest
 import requests
+from obstore.store import from_url
 
 from tests.certificates import CA, trusting_session
 
@@ -358,3 +365,94 @@ class S3:
         answer = connection.getresponse()
         assert answer.status == 200, (key, answer.status, answer.read())
         connection.close()
+
+
+# Privileges on the index: the smallest with which each script can do all it can, and too few.
+ROLES = {
+    "creator": ["create_index", "read", "write", "maintenance", "view_index_metadata"],
+    "searcher": ["read", "view_index_metadata"],
+    "reader": ["read"],
+}
+
+
+FEWER = {
+    f"{role}-without-{privilege}": [other for other in ROLES[role] if other != privilege]
+    for role in ("creator", "searcher")
+    for privilege in ROLES[role]
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running Elasticsearch: `ES_URL` and `ES_CA_CERT` for it."""
+
+    url: str
+    ca: str
+    urls: dict[str, str] = field(default_factory=dict)
+    """`ES_URL` for users with fewer privileges, by role."""
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """Sends a request as the administrator; its JSON."""
+        kind = (
+            {"json": body}
+            if not isinstance(body, bytes)
+            else {"data": body, "headers": {"Content-Type": "application/x-ndjson"}}
+        )
+        with trusting_session(Path(self.ca)) if self.ca else requests.Session() as session:
+            answer = session.request(method, f"{self.url.split(',')[0]}/{path}", timeout=60, **kind)
+        assert answer.ok, answer.text
+        return answer.json()
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skips, with the reason; in CI a missing server is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def cluster(size: int, release: str = "8.19.9", **settings: object) -> Iterator[Cluster]:
+    """Starts `size` nodes of Elasticsearch with these settings."""
+    try:
+        nodes = Cluster(release, size, **settings)  # type: ignore[arg-type]
+    except UnavailableError as reason:
+        if release.startswith("9") and "JDK" in str(reason):
+            pytest.skip(f"{reason}; that leaves Elasticsearch 9 untested")
+        unavailable(str(reason))
+    with nodes:
+        yield nodes
+
+
+@contextlib.contextmanager
+def s3_server(in_memory: bool = False) -> Iterator[S3]:
+    """An S3 server."""
+    try:
+        server = S3(in_memory)
+    except UnavailableError as reason:
+        unavailable(str(reason))
+    with server:
+        yield server
+
+
+class Bucket:
+    """A bucket of its own for each test."""
+
+    def __init__(self, server: S3, name: str) -> None:
+        self.server, self.name, self.url = server, name, f"s3://{name}"
+        server.put(name)
+        settings: Any = {name.lower(): value for name, value in server.environment.items() if name.startswith("AWS_")}
+        del settings["aws_allow_http"]
+        settings["aws_disable_bulk_delete"] = "true"  # which S3Proxy does not have
+        self.store = from_url(self.url, config=settings, client_options={"allow_http": True})
+
+    def put(self, key: str, content: bytes) -> None:
+        obstore.put(self.store, key, content)
+
+    def put_many(self, objects: dict[str, bytes]) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.put, objects, objects.values()))
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            obstore.delete(self.store, key)

@@ -3,76 +3,25 @@
 import hashlib
 import http.client
 import http.server
-import io
 import json
 import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import obstore
 import pytest
-from obstore.store import from_url
 
-from imagesearch.images import MAX_CONTENT_BYTES
-from tests.conftest import Answering, Scripts, image, s3_server
-from tests.server import S3
-from tests.test_faults import end, read_until, rows, wait_until
-from tests.test_scripts import counts, summary
+from imagesearch.content import MAX_CONTENT_BYTES
+from tests.http_servers import Answering
+from tests.pictures import png
+from tests.running import Scripts, counts, end, read_until, rows, summary, wait_until
+from tests.server import S3, Bucket, s3_server
 
 SLOW_SECONDS = 33  # longer than obstore's own limit of 30 seconds for a request
-
-
-def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    stream = io.BytesIO()
-    image(size, seed).save(stream, "PNG")
-    return stream.getvalue()
-
-
-class Bucket:
-    """A bucket of its own for each test."""
-
-    def __init__(self, server: S3, name: str) -> None:
-        self.server, self.name, self.url = server, name, f"s3://{name}"
-        server.put(name)
-        settings: Any = {name.lower(): value for name, value in server.environment.items() if name.startswith("AWS_")}
-        del settings["aws_allow_http"]
-        settings["aws_disable_bulk_delete"] = "true"  # which S3Proxy does not have
-        self.store = from_url(self.url, config=settings, client_options={"allow_http": True})
-
-    def put(self, key: str, content: bytes) -> None:
-        obstore.put(self.store, key, content)
-
-    def put_many(self, objects: dict[str, bytes]) -> None:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(self.put, objects, objects.values()))
-
-    def delete(self, *keys: str) -> None:
-        for key in keys:
-            obstore.delete(self.store, key)
-
-
-@pytest.fixture
-def bucket(s3: S3, request: pytest.FixtureRequest) -> Bucket:
-    return Bucket(s3, f"test-{hashlib.sha256(request.node.name.encode()).hexdigest()[:20]}-{time.time_ns()}")
-
-
-@pytest.fixture
-def on_s3(scripts: Scripts, s3: S3) -> Scripts:
-    """The scripts on each kind of index, with the S3 server's credentials."""
-    scripts.environment |= s3.environment
-    return scripts
-
-
-@pytest.fixture
-def local_s3(local: Scripts, s3: S3) -> Scripts:
-    local.environment |= s3.environment
-    return local
 
 
 def hits(scripts: Scripts, query: object, *arguments: object) -> list[dict[str, Any]]:
@@ -133,7 +82,7 @@ def test_content_is_copied_between_a_folder_and_a_bucket(on_s3: Scripts, bucket:
         path.write_bytes(png(seed))
         bucket.put(f"moved/{seed}.png", png(seed))
     on_s3.create()
-    assert counts(on_s3.create("--images", f"{bucket.url}/moved")) == {"new": 4, "copied": 4}
+    assert counts(on_s3.create("--images", f"{bucket.url}/moved")) == {"new": 4, "known": 4}
 
 
 def test_2500_objects_in_parts(local_s3: Scripts, bucket: Bucket) -> None:
@@ -254,25 +203,18 @@ def test_a_folder_named_like_a_url_stays_a_folder(local: Scripts) -> None:
     assert local.paths() == ["./s3:/birds/a.png"]
 
 
-@pytest.fixture
-def fragile() -> Iterator[S3]:
-    """A server to kill."""
-    with s3_server() as server:
-        yield server
-
-
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_store_that_goes_away_is_retried(comes_back: bool, local: Scripts, fragile: S3) -> None:
-    bucket = Bucket(fragile, "birds")
+def test_a_store_that_goes_away_is_retried(comes_back: bool, local: Scripts, fragile_s3: S3) -> None:
+    bucket = Bucket(fragile_s3, "birds")
     bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1500)})
-    local.environment |= fragile.environment
+    local.environment |= fragile_s3.environment
     retry = ("--retry-timeout", "60" if comes_back else "3")
     process = local.start("create.py", "--model", "thumbnail", "--images", bucket.url, *retry)
     wait_until(lambda: process.poll() is not None or rows(local.folder / "imagesearch.db") > 0)
-    fragile.kill()
+    fragile_s3.kill()
     read_until(process, "Retrying")
     if comes_back:
-        fragile.start()
+        fragile_s3.start()
     code, stderr = end(process)
     found = counts(stderr)
     if comes_back:
@@ -282,7 +224,7 @@ def test_a_store_that_goes_away_is_retried(comes_back: bool, local: Scripts, fra
         assert code == 1, stderr
         assert re.search(r"create.py: The bucket s3://birds did not recover within \d+ s: no answer", stderr)
         assert stderr.count("Retrying") < 10  # not once for each thread
-        fragile.start()
+        fragile_s3.start()
         assert counts(local.create("--images", bucket.url))["unchanged"] == found["new"]
 
 
@@ -313,81 +255,6 @@ def test_the_page_shows_hits_in_a_bucket_without_linking_them(local_s3: Scripts,
 
 
 # Queries from the web and standard input
-
-
-Reply = Callable[[http.server.BaseHTTPRequestHandler], None]
-
-
-def send(
-    handler: http.server.BaseHTTPRequestHandler, content: bytes, kind: str = "image/png", length: str = ""
-) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Type", kind)
-    handler.send_header("Content-Length", length or str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
-
-
-def redirect(handler: http.server.BaseHTTPRequestHandler, target: str) -> None:
-    handler.send_response(302)
-    handler.send_header("Location", target)
-    handler.send_header("Content-Length", "0")
-    handler.end_headers()
-
-
-def send_without_end(handler: http.server.BaseHTTPRequestHandler, total: int, pause: float) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(total // 65536):
-        handler.wfile.write(bytes(65536))
-        time.sleep(pause)
-
-
-REPLIES: dict[str, Reply] = {
-    "/a.png": lambda handler: send(handler, png(1)),
-    "/moved": lambda handler: redirect(handler, "/a.png"),
-    "/loop": lambda handler: redirect(handler, "/loop"),
-    "/elsewhere": lambda handler: redirect(handler, "https://user:hunter2@example.com/a.png?key=hunter2"),
-    "/file": lambda handler: redirect(handler, "file:///etc/passwd"),
-    "/short": lambda handler: send(handler, png(1)[:50], length="5000"),
-    "/large": lambda handler: send(handler, b"x", length=str(10**9)),
-    "/page": lambda handler: send(handler, b"<html>Not found</html>", "text/html"),
-    "/gigabyte": lambda handler: send_without_end(handler, 10**9, 0),
-    "/stalls": lambda handler: time.sleep(60),
-    "/drips": lambda handler: send_without_end(handler, 10**8, 1),
-}
-
-
-class Web(http.server.BaseHTTPRequestHandler):
-    """Serves an image, and misbehaves."""
-
-    def do_GET(self) -> None:
-        reply = REPLIES.get(self.path.partition("?")[0])
-        if reply:
-            reply(self)
-        else:
-            self.send_error(404)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that give up
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://user:hunter2@127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture
-def indexed(local: Scripts) -> Scripts:
-    """An index with one image, which every query that can be read finds."""
-    (local.folder / "images").mkdir()
-    (local.folder / "images" / "a.png").write_bytes(png(1))
-    local.create()
-    return local
 
 
 def test_queries_from_everywhere_are_answered_in_order(scripts: Scripts, s3: S3, bucket: Bucket, web: str) -> None:

@@ -20,16 +20,18 @@ from PIL import Image
 from imagesearch import clip
 from imagesearch.cache import cache_folder, model_sha256
 from imagesearch.documents import DIMENSIONS
-from imagesearch.errors import UsageError
+from imagesearch.errors import ImageSearchError
 from imagesearch.models import load_model
-from tests.conftest import Hub, averaging_model, environment, image, read_image
+from tests.http_servers import Hub
+from tests.pictures import averaging_model, image, read_image
+from tests.running import environment
 from tests.server import ROOT
 
 
 @pytest.fixture(scope="module")
 def averaging(tmp_path_factory: pytest.TempPathFactory) -> clip.Clip:
     path = averaging_model(tmp_path_factory.mktemp("model") / "averaging.onnx")
-    return clip.load_onnx(str(path), path, threads=1)
+    return clip.load_onnx(str(path), path, None)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,8 @@ assert sklearn.decomposition.PCA().fit and huggingface_hub.hf_hub_download
 def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="not an ONNX model"):
-        load_model(str(path), threads=1)
+    with pytest.raises(ImageSearchError, match="not an ONNX model"):
+        load_model(str(path))
 
 
 def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None:
@@ -121,21 +123,21 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None
     for name in (b"pixel_values", b"embeddings"):
         other = tmp_path / "other.onnx"
         other.write_bytes(path.read_bytes().replace(name, name[::-1]))
-        with pytest.raises(UsageError, match=name.decode()):
-            load_model(str(other), threads=1)
-    with pytest.raises(UsageError, match="no such file"):
-        load_model(str(tmp_path / "missing.onnx"), threads=1)
+        with pytest.raises(ImageSearchError, match=name.decode()):
+            load_model(str(other))
+    with pytest.raises(ImageSearchError, match="no such file"):
+        load_model(str(tmp_path / "missing.onnx"))
 
 
 def load_in_a_process(hub: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from imagesearch.errors import UsageError
+from imagesearch.errors import ImageSearchError
 from imagesearch.models import load_model
 try:
-    print(load_model("clip", threads=1).info.sha256)
-except UsageError as error:
+    print(load_model("clip").info.sha256)
+except ImageSearchError as error:
     sys.exit(str(error))
 print(*({{"huggingface_hub", "transformers", "sklearn"}} & set(sys.modules)))
 """
@@ -194,12 +196,12 @@ def test_external_data_is_part_of_the_model(tmp_path: Path) -> None:
     """Two models whose .onnx files are equal and whose external data differs are two models."""
     first, second = external_model(tmp_path / "a", 1.0), external_model(tmp_path / "b", 2.0)
     assert first.read_bytes() == second.read_bytes()
-    models = [load_model(str(path), threads=1) for path in (first, second)]
+    models = [load_model(str(path)) for path in (first, second)]
     assert models[0].info.sha256 != models[1].info.sha256
     pixels = models[0].preprocess(image((50, 50), 1))
     assert np.allclose(2 * models[0].embed(pixels), models[1].embed(pixels))
     (first.parent / "model.onnx.data").write_bytes((second.parent / "model.onnx.data").read_bytes())
-    assert load_model(str(first), threads=1).info.sha256 == models[1].info.sha256
+    assert load_model(str(first)).info.sha256 == models[1].info.sha256
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"files": [], "sha256": 7}', "0" * 64])

@@ -1,46 +1,15 @@
 """No picture is embedded twice: moved, renamed and copied files keep the embedding of their content."""
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from imagesearch.connection import Connection
 from imagesearch.documents import Document, ImageFile, IndexMetadata, ModelInfo
-from imagesearch.index import Index, open_index
-from tests.conftest import Picture, Scripts, averaging_model
-from tests.server import ROOT
-from tests.test_scripts import counts
-
-# Python imports it at its start: each call of the model appends a byte to a file.
-COUNTING = """
-import imagesearch.models as models
-embed = models.Thumbnail.embed
-def counting(self, pixels):
-    with open({path!r}, "ab") as file:
-        file.write(b".")
-    return embed(self, pixels)
-models.Thumbnail.embed = counting
-"""
-
-
-@pytest.fixture
-def counting(scripts: Scripts) -> Scripts:
-    """The scripts with a model that counts its calls."""
-    calls = scripts.folder / "calls"
-    (scripts.folder / "sitecustomize.py").write_text(COUNTING.format(path=str(calls)))
-    scripts.environment["PYTHONPATH"] = os.pathsep.join([str(scripts.folder), str(ROOT)])
-    return scripts
-
-
-def calls(scripts: Scripts) -> int:
-    """How often the model was called since the last time."""
-    path = scripts.folder / "calls"
-    number = path.stat().st_size if path.exists() else 0
-    path.unlink(missing_ok=True)
-    return number
+from imagesearch.parallel import available_cpus
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts, calls, counts, embeddings, open_scripts_index
 
 
 def test_a_renamed_folder_is_not_embedded_again(counting: Scripts, picture: Picture) -> None:
@@ -49,7 +18,7 @@ def test_a_renamed_folder_is_not_embedded_again(counting: Scripts, picture: Pict
     assert counts(counting.create()) == {"new": 40}
     assert calls(counting) == 40
     (counting.folder / "images" / "unsorted").rename(counting.folder / "images" / "Osprey")
-    assert counts(counting.create("--prune")) == {"new": 40, "copied": 40, "deleted": 40}
+    assert counts(counting.create("--prune")) == {"new": 40, "known": 40, "deleted": 40}
     assert calls(counting) == 0
     (hit,) = counting.search("images/Osprey/7.png")[0]["hits"]["hits"]
     assert hit["fields"] == {"file_path": ["./images/Osprey/7.png"], "desc": ["Osprey"]}
@@ -62,22 +31,14 @@ def test_copies_that_are_new_together_and_replaced_contents_are_embedded_once(
 ) -> None:
     for number in range(30):
         picture(f"images/{number}.png", size=(8, 8), seed=number % 3)
-    assert counts(counting.create()) == {"new": 30, "copied": 27}
-    assert calls(counting) == 3
+    found = counts(counting.create())
+    embedded = calls(counting)
+    assert 3 <= embedded <= 3 * available_cpus()  # the same content may be embedded on two CPUs at one moment
+    assert found == {"new": 30, "known": 30 - embedded}
     picture("images/0.png", size=(8, 8), seed=1)  # the content of 1.png
     picture("images/new.png", size=(8, 8), seed=99)
-    assert counts(counting.create()) == {"new": 1, "updated": 1, "copied": 1, "unchanged": 29}
+    assert counts(counting.create()) == {"new": 1, "updated": 1, "known": 1, "unchanged": 29}
     assert calls(counting) == 1
-
-
-def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:
-    """The bits of every embedding in the index, by path."""
-    with open_index(scripts.index, Connection.from_env(scripts.environment), folder / "imagesearch.db") as index:
-        assert index.get_metadata()
-        ids = dict(index.list_paths("."))
-        found = index.get_file_metadata(list(ids))
-        vectors = index.find_embeddings([metadata.sha256 for metadata in found.values()])
-        return {ids[id_]: vectors[metadata.sha256].tobytes() for id_, metadata in found.items()}
 
 
 def test_the_index_is_the_same_as_if_all_had_been_embedded(scripts: Scripts, picture: Picture) -> None:
@@ -86,7 +47,7 @@ def test_the_index_is_the_same_as_if_all_had_been_embedded(scripts: Scripts, pic
     model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
     scripts.create("--model", model)
     shutil.move(scripts.folder / "images" / "a", scripts.folder / "images" / "b")
-    assert counts(scripts.create("--model", model, "--prune")) == {"new": 20, "copied": 20, "deleted": 20}
+    assert counts(scripts.create("--model", model, "--prune")) == {"new": 20, "known": 20, "deleted": 20}
     copied = embeddings(scripts, scripts.folder)
     scripts.index = "fresh-" + scripts.index
     assert counts(scripts.create("--model", model)) == {"new": 20}
@@ -104,21 +65,20 @@ def test_another_index_is_never_a_source(counting: Scripts, picture: Picture) ->
 
 def test_a_deleted_document_is_not_copied_from(scripts: Scripts, tmp_path: Path) -> None:
     """Another run's prune deletes it before it is looked up: then nothing is found, and the image is embedded."""
-    index: Index = open_index(scripts.index, Connection.from_env(scripts.environment), tmp_path / "x.db")
-    with index:
+    with open_scripts_index(scripts, tmp_path) as index:
         index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
         index.get_metadata()
         image = ImageFile("/a.png", "/a.png", "", 1, 1)
         assert list(index.write([Document(image, "a" * 64, np.ones(768, np.float32))]))
         index.refresh()
         assert set(index.find_embeddings(["a" * 64, "b" * 64])) == {"a" * 64}
-        index.delete([image.id])
+        assert index.delete([image.id]) == 1
         index.refresh()
         assert index.find_embeddings(["a" * 64]) == {}
 
 
 def test_many_copies_of_one_content_do_not_hide_another(scripts: Scripts, tmp_path: Path) -> None:
-    with open_index(scripts.index, Connection.from_env(scripts.environment), tmp_path / "x.db") as index:
+    with open_scripts_index(scripts, tmp_path) as index:
         index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
         index.get_metadata()
         vectors = {sha256: np.full(768, value, np.float32) for value, sha256 in enumerate(("a" * 64, "b" * 64), 1)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.running import environment
 from tests.server import ROOT
 
 

@@ -4,7 +4,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,70 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagesearch import copies, embed
-from imagesearch.documents import Document, FileMetadata, ImageFile, MetadataUpdate, ModelInfo
-from imagesearch.embed import embed_images, embed_queries
+from imagesearch import embed
+from imagesearch.documents import (
+    Candidate,
+    Document,
+    FileMetadata,
+    ImageFile,
+    MetadataUpdate,
+    ModelInfo,
+    Unreadable,
+)
+from imagesearch.embed import Embedder, embed_images, embed_queries
 from imagesearch.errors import ImageSearchError
+from imagesearch.folder import FolderSource, open_file
 from imagesearch.images import image_extensions
 from imagesearch.models import Model, Thumbnail
-from imagesearch.parallel import MemoryLimit, available_cpus, batched, map_buffered
-from imagesearch.sources import FolderSource, open_query
-from tests.conftest import image
+from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, map_buffered, split
+from imagesearch.sources import Source, open_query
+from tests.pictures import image
 
 
 def image_file(path: Path) -> ImageFile:
     return ImageFile(str(path), str(path), path.parent.name, 0, 0)
 
 
+class Known:
+    """An index that has some embeddings."""
+
+    def __init__(self, embeddings: dict[str, np.ndarray] | None = None, fails: bool = False) -> None:
+        self.embeddings = embeddings or {}
+        self.fails = fails
+        self.asked: list[int] = []
+
+    def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, np.ndarray]:
+        self.asked.append(len(sha256s))
+        if self.fails:
+            raise ImageSearchError("silent")
+        return {sha256: self.embeddings[sha256] for sha256 in sha256s if sha256 in self.embeddings}
+
+
+class Errors:
+    """The reasons for what cannot be read, by path."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def count_skipped(self, kind: str) -> None: ...
+
+    def count_unreadable(self, path: str, reason: str) -> None:
+        self.reasons[path] = reason
+
+
 def embed_all(
     paths: list[Path],
     model: Model | None = None,
     indexed: FileMetadata | None = None,
-    known: dict[str, np.ndarray] | None = None,
+    index: Known | None = None,
+    source: Source | None = None,
 ) -> tuple[list[Document | MetadataUpdate], dict[str, str]]:
     """The documents of these files, and the reasons for those that cannot be read, by path."""
-    errors: dict[str, str] = {}
-    candidates = ((image_file(path), indexed) for path in paths)
-    documents = embed_images(
-        candidates,
-        FolderSource("/", "/"),
-        model or Thumbnail(),
-        lambda sha256s: {sha256: known[sha256] for sha256 in sha256s if sha256 in known} if known else {},
-        errors.__setitem__,
-    )
-    return list(documents), errors
+    errors = Errors()
+    candidates = (Candidate(image_file(path), indexed) for path in paths)
+    used: Any = index or Known()
+    documents = embed_images(candidates, source or FolderSource("/", "/"), model or Thumbnail(), used, errors)
+    return list(documents), errors.reasons
 
 
 def embedded(path: Path) -> Document:
@@ -125,7 +157,7 @@ def test_what_is_no_image_is_reported(tmp_path: Path) -> None:
         bad.write_bytes(content)
         unreadable(bad)
     assert unreadable(tmp_path / "missing.jpg") == "No such file or directory"
-    assert unreadable(tmp_path) == "not a regular file"
+    assert unreadable(tmp_path) == "is a folder"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
@@ -200,38 +232,39 @@ def test_content_that_the_index_has_is_copied(tmp_path: Path) -> None:
     vector = np.arange(768, dtype=np.float32)
     known = {embedded(tmp_path / "1.png").sha256: vector}
     model = Counting()
-    documents, errors = embed_all([tmp_path / f"{seed}.png" for seed in range(3)], model, known=known)
+    documents, errors = embed_all([tmp_path / f"{seed}.png" for seed in range(3)], model, index=Known(known))
     assert errors == {} and model.embedded == 2
     assert [isinstance(document, Document) and document.is_copy for document in documents] == [False, True, False]
     assert isinstance(documents[1], Document) and np.array_equal(documents[1].embedding, vector)
 
 
-def test_copies_that_are_new_together_are_embedded_once(tmp_path: Path) -> None:
+def test_copies_that_are_new_together_are_embedded_once_on_each_cpu_at_most(tmp_path: Path) -> None:
     for number in range(60):
         image((20, 20), number % 3).save(tmp_path / f"{number}.png")
-    model = Counting()
-    documents, _ = embed_all([tmp_path / f"{number}.png" for number in range(60)], model)
-    assert model.embedded == 3
-    assert sum(isinstance(document, Document) and document.is_copy for document in documents) == 57
+    model, index = Counting(), Known()
+    documents, _ = embed_all([tmp_path / f"{number}.png" for number in range(60)], model, index=index)
+    assert 3 <= model.embedded <= 3 * available_cpus()  # the same content may be embedded on two CPUs at one moment
+    assert sum(isinstance(document, Document) and document.is_copy for document in documents) == 60 - model.embedded
+    assert len(index.asked) < 30  # chunks are looked up, not images
 
 
 def test_an_index_that_fails_to_answer_only_costs_time(tmp_path: Path) -> None:
     image((20, 20), 1).save(tmp_path / "a.png")
-
-    def fail(sha256s: object) -> dict[str, np.ndarray]:
-        raise ConnectionError
-
-    candidates = [(image_file(tmp_path / "a.png"), None)]
-    (document,) = embed_images(candidates, FolderSource("/", "/"), Thumbnail(), fail, lambda path, reason: None)
-    assert isinstance(document, Document) and not document.is_copy
+    (document,), errors = embed_all([tmp_path / "a.png"], index=Known(fails=True))
+    assert errors == {} and isinstance(document, Document) and not document.is_copy
 
 
 def test_recent_embeddings_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "RECENT_SIZE", 2)
+    monkeypatch.setattr(embed, "RECENT_SIZE", 2)
     for number in range(40):
         image((20, 20), number % 10).save(tmp_path / f"{number}.png")
-    documents, errors = embed_all([tmp_path / f"{number}.png" for number in range(40)], Counting())
-    assert len(documents) == 40 and errors == {}
+    embedder = Embedder(Counting, Known(), cpus=1)  # type: ignore[arg-type]
+    for number in range(40):
+        with open_file(str(tmp_path / f"{number}.png"), "") as opened:
+            assert isinstance(embedder.embed(opened, {}), np.ndarray)
+            assert len(embedder.find_known([opened])) == 1
+        with open_file(str(tmp_path / f"{(number + 7) % 10}.png"), "") as opened:  # three before
+            assert embedder.find_known([opened]) == {}
 
 
 def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:
@@ -244,31 +277,85 @@ def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:
     assert model.most == available_cpus()
 
 
+@pytest.mark.parametrize("cpus", [2, 8, 64])
+def test_open_files_stay_below_the_limit_on_any_machine(
+    cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS allows a process 256."""
+    monkeypatch.setattr(embed, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(embed, "max_open_files", lambda: 256)
+    paths = [tmp_path / f"{number}.png" for number in range(600)]
+    for number, path in enumerate(paths):
+        image((9, 9), number).save(path)
+    most, before = 0, len(os.listdir("/proc/self/fd"))
+
+    class Watching(Counting):
+        def embed(self, pixels: np.ndarray) -> np.ndarray:
+            nonlocal most
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+            return super().embed(pixels)
+
+    documents, errors = embed_all(paths, Watching())
+    assert len(documents) == 600 and errors == {}
+    assert 0 < most <= 200
+
+
 class UnreachableSource(FolderSource):
-    """A source that cannot be reached; it counts the attempts to open an image."""
+    """A source that cannot be reached; it counts the attempts to open a chunk."""
 
     opened = 0
 
-    def open_image(self, image: ImageFile) -> Any:
+    def open_images(self, images: Sequence[ImageFile]) -> Any:
         self.opened += 1
         raise ImageSearchError("did not recover")
 
 
 def test_no_image_is_tried_after_the_source_was_given_up(tmp_path: Path) -> None:
     source = UnreachableSource("/", "/")
-    changed = ((image_file(tmp_path), None) for _ in range(1000))
     with pytest.raises(ImageSearchError, match="did not recover"):
-        list(embed_images(changed, source, Thumbnail(), lambda sha256s: {}, lambda path, reason: None))
-    assert source.opened <= min(embed.READERS_PER_CPU * available_cpus(), embed.MAX_READERS)
+        embed_all([tmp_path] * 1000, source=source)
+    assert source.opened <= 4 * available_cpus()
 
 
 def test_queries_are_embedded_in_order_with_the_reasons_for_those_that_cannot(tmp_path: Path) -> None:
     image((20, 20), 1).save(tmp_path / "a.png")
-    queries = [str(tmp_path / name) for name in ("a.png", "missing.png", "a.png")]
-    results = list(embed_queries(queries, open_query, Thumbnail()))
-    assert [query for query, _ in results] == queries
-    assert results[1][1] == "No such file or directory"
-    assert all(isinstance(results[n][1], np.ndarray) for n in (0, 2))
+    names = [str(tmp_path / name) for name in ("a.png", "missing.png", "a.png")]
+    queries = list(embed_queries(names, open_query, Thumbnail, Known()))  # type: ignore[arg-type]
+    assert [query.name for query in queries] == names
+    assert isinstance(queries[1].embedding, Unreadable)
+    assert queries[1].embedding.reason == "No such file or directory"
+    assert all(isinstance(queries[n].embedding, np.ndarray) for n in (0, 2))
+
+
+def test_the_model_is_loaded_once_and_only_if_a_query_needs_it(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(40)]
+    for number, path in enumerate(paths):
+        image((20, 20), number).save(path)
+    index: Any = Known({embedded(path).sha256: np.ones(768, np.float32) for path in paths})
+    loaded: list[int] = []
+
+    def load() -> Model:
+        loaded.append(1)
+        return Thumbnail()
+
+    names = list(map(str, paths))
+    assert len(list(embed_queries(names, open_query, load, index))) == 40
+    assert loaded == []
+    assert len(list(embed_queries(names, open_query, load, Known()))) == 40  # type: ignore[arg-type]
+    assert loaded == [1]
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(tmp_path: Path) -> None:
+    image((20, 20), 1).save(tmp_path / "a.png")
+    tried: list[int] = []
+
+    def load() -> Model:
+        tried.append(1)
+        raise ImageSearchError("no model")
+
+    with pytest.raises(ImageSearchError, match="no model"):
+        list(embed_queries([str(tmp_path / "a.png")] * 100, open_query, load, Known()))  # type: ignore[arg-type]
+    assert tried == [1]
 
 
 def test_memory_is_reserved_in_turns() -> None:
@@ -334,7 +421,7 @@ def test_a_reader_that_stops_early_cancels_the_rest() -> None:
 
 
 def test_batches_are_full_but_for_the_last() -> None:
-    assert [len(batch) for batch in batched(range(10), 4)] == [4, 4, 2]
+    assert [len(batch) for batch in batch_until_error(range(10), 4)] == [4, 4, 2]
 
 
 def test_what_was_collected_before_an_error_is_not_lost() -> None:
@@ -342,10 +429,22 @@ def test_what_was_collected_before_an_error_is_not_lost() -> None:
         yield from range(6)
         raise ValueError
 
-    batches = batched(failing(), 4)
+    batches = batch_until_error(failing(), 4)
     assert [next(batches), next(batches)] == [[0, 1, 2, 3], [4, 5]]
     with pytest.raises(ValueError):
         next(batches)
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 9), st.integers(1, 4))
+def test_a_split_keeps_all_items_in_order_within_its_limits(items: list[int], size: int, workers: int) -> None:
+    chunks = list(split(items, size, workers, lambda item: item, 10))
+    assert [item for chunk in chunks for item in chunk] == items
+    assert all(len(chunk) <= size and (sum(chunk) <= 10 or len(chunk) == 1) for chunk in chunks)
+
+
+def test_the_last_chunks_of_a_split_are_smaller() -> None:
+    sizes = [len(chunk) for chunk in split(range(100), 16, workers=2)]
+    assert sizes[0] == 16 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
 
 
 V1 = {"/proc/self/cgroup": "5:memory:/user\n4:cpu,cpuacct:/user/app\n"}

@@ -12,118 +12,64 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from imagesearch import elasticsearch_index, sqlite_index
+from imagesearch import elasticsearch_index, retry, sqlite_index
 from imagesearch.connection import Connection
 from imagesearch.documents import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
 from imagesearch.elasticsearch_index import ElasticsearchIndex
-from imagesearch.index import open_index
+from imagesearch.interrupt import Interrupt
+from imagesearch.progress import Progress
 from imagesearch.retry import RetryPolicy
-from tests.conftest import Answering, Picture, Scripts, Server, averaging_model, cluster, scripts_on
-from tests.server import ROOT, Cluster
-from tests.test_scripts import counts
+from tests.http_servers import NotElasticsearch
+from tests.pictures import Picture, averaging_model
+from tests.running import (
+    MANY,
+    Scripts,
+    count,
+    counts,
+    end,
+    open_scripts_index,
+    read_until,
+    rows,
+    scripts_on,
+    wait_for_first_line,
+    wait_until,
+)
+from tests.server import ROOT, Cluster, Server
 
-MANY = 3000
 METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `images/`: thousands of small pictures in ten classes."""
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(MANY):
-        path = folder / "images" / str(number % 10) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        color = (number % 256, number // 256 * 16, 99)
-        Image.new("RGB", (4, 4), color).save(path)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fragile() -> Iterator[Cluster]:
-    """A server to kill; it takes one bulk at a time for one shard and lets one more wait."""
-    with cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1) as node:
-        yield node
-
-
-def count(scripts: Scripts, refresh: bool = True) -> int:
-    """How many documents the index has; 0 before there is one."""
-    server = Server(scripts.environment["ES_URL"], scripts.environment["ES_CA_CERT"])
-    try:
-        if refresh:
-            server.request("POST", f"{scripts.index}/_refresh")
-        return int(server.request("GET", f"{scripts.index}/_count")["count"])
-    except AssertionError:
-        return 0
-
-
-def rows(path: Path) -> int:
-    """How many documents the local file has; 0 before there is one."""
-    if not path.exists():
-        return 0
-    database = sqlite3.connect(path)
-    try:
-        return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
-    finally:
-        database.close()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def end(process: "subprocess.Popen[str]", seconds: float = 180) -> tuple[int, str]:
-    """Waits for a script; its exit code and stderr."""
-    _, stderr = process.communicate(timeout=seconds)
-    assert "Traceback" not in stderr, stderr
-    return process.returncode, stderr
-
-
-def read_until(process: "subprocess.Popen[str]", text: str) -> None:
-    """Reads a script's stderr up to a line with this text."""
-    assert process.stderr
-    for line in process.stderr:
-        if text in line:
-            return
-    raise AssertionError(f"the script ended without {text!r}")
 
 
 # The server
 
 
-def test_a_server_that_is_killed_and_comes_back_is_retried(fragile: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
+def test_a_server_that_is_killed_and_comes_back_is_retried(
+    fragile_server: Cluster, many_images: Path, tmp_path: Path
+) -> None:
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
-    fragile.kill(fragile.nodes[0])
+    fragile_server.kill(fragile_server.nodes[0])
     read_until(process, "Retrying in 2 s: no answer from https://localhost")
-    fragile.start(fragile.nodes[0])
+    fragile_server.start(fragile_server.nodes[0])
     code, stderr = end(process)
     assert code == 0, stderr
     assert counts(stderr) == {"new": MANY}
     assert count(scripts) == MANY
-    fragile.wait()
+    fragile_server.wait()
 
 
 def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
-    fragile: Cluster, many: Path, tmp_path: Path
+    fragile_server: Cluster, many_images: Path, tmp_path: Path
 ) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail", "--retry-timeout", "2")
     wait_until(lambda: count(scripts) > 200)
-    fragile.kill(fragile.nodes[0])
+    fragile_server.kill(fragile_server.nodes[0])
     killed = time.monotonic()
     code, stderr = end(process)
     assert time.monotonic() - killed > 1.9
@@ -131,8 +77,8 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     assert "Retrying in 1 s" in stderr and "Retrying in 2 s" not in stderr  # the last delay is cut to fit
     assert re.search(r"Elasticsearch did not recover within [23] s: .*Run the command again", stderr)
     written = counts(stderr)["new"]
-    fragile.start(fragile.nodes[0])
-    fragile.wait()
+    fragile_server.start(fragile_server.nodes[0])
+    fragile_server.wait()
     wait_until(lambda: count(scripts) >= written)
     before = count(scripts)
     assert written <= before < MANY  # the last bulk may have arrived without its answer
@@ -140,9 +86,11 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     assert count(scripts) == MANY
 
 
-def test_documents_that_are_rejected_for_now_are_sent_again(fragile: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
-    server = Server(fragile.url, str(fragile.ca))
+def test_documents_that_are_rejected_for_now_are_sent_again(
+    fragile_server: Cluster, many_images: Path, tmp_path: Path
+) -> None:
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
+    server = Server(fragile_server.url, str(fragile_server.ca))
     template = {"index_patterns": [scripts.index], "template": {"settings": {"number_of_shards": 3}}}
     server.request("PUT", "_index_template/many-shards", template)
     stderr = scripts.create("--images", "images/1")
@@ -153,22 +101,28 @@ def test_documents_that_are_rejected_for_now_are_sent_again(fragile: Cluster, ma
 
 
 def test_a_server_that_does_not_answer_is_retried(
-    fragile: Cluster, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+    fragile_server: Cluster, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that runs into its time limit is sent again, as one that finds no server is."""
     monkeypatch.setattr(elasticsearch_index, "REQUEST_TIMEOUT_SECONDS", 1)
-    process = fragile.nodes[0].process
-    connection = Connection.from_env({"ES_URL": fragile.url, "ES_CA_CERT": str(fragile.ca)})
+    monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
+    process = fragile_server.nodes[0].process
+    connection = Connection.from_env({"ES_URL": fragile_server.url, "ES_CA_CERT": str(fragile_server.ca)})
     assert process
     assert connection
-    reasons = []
+    pid = process.pid
+    said: list[str] = []
 
-    def on_retry(reason: str, delay: float) -> None:
-        reasons.append(reason)
-        os.killpg(process.pid, signal.SIGCONT)
+    class Listening(Progress):
+        def on_retry(self, reason: str, delay: float) -> None:
+            os.killpg(pid, signal.SIGCONT)
+            super().on_retry(reason, delay)
 
-    retry = RetryPolicy(30, on_retry=on_retry)
-    with ElasticsearchIndex(connection, "test-silent", retry) as index:
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    policy = RetryPolicy(30, Interrupt(), Listening())
+    with ElasticsearchIndex(connection, "test-silent", policy) as index:
         index.create(METADATA)
         index.get_metadata()
         index.refresh()
@@ -176,14 +130,14 @@ def test_a_server_that_does_not_answer_is_retried(
         document = Document(ImageFile(path, path, "a", 1, 1), "0" * 64, np.ones(768, np.float32))
         os.killpg(process.pid, signal.SIGSTOP)
         assert list(index.write([document])) == [document]
-        assert "no answer from" in reasons[0]
+        assert said[0] == "Waiting for an answer: Elasticsearch has been silent for some seconds."
+        assert re.match(r"Retrying in 1 s: no answer from https://localhost", said[1])
 
 
 def test_a_document_that_another_run_has_deleted_is_not_counted(scripts: Scripts, picture: Picture) -> None:
-    connection = Connection.from_env(scripts.environment)
     path = str(picture("a.png"))
     image = ImageFile(path, path, "a", 1, 1)
-    with open_index(scripts.index, connection, scripts.folder / "x.db") as index:
+    with open_scripts_index(scripts, scripts.folder) as index:
         index.create(METADATA)
         index.get_metadata()
         assert list(index.write([MetadataUpdate(image)])) == []
@@ -197,8 +151,8 @@ def test_an_index_that_another_run_has_just_made_with_another_model_is_refused(
     picture("images/a.png")
     scripts.create()
     (scripts.folder / "sitecustomize.py").write_text(
-        "import imagesearch.elasticsearch_index as e, imagesearch.sqlite_index as s\n"
-        "for kind in (e.ElasticsearchIndex, s.SqliteIndex):\n"
+        "import imagesearch.elasticsearch_search as e, imagesearch.sqlite_index as s\n"
+        "for kind in (e.ElasticsearchSearch, s.SqliteIndex):\n"
         "    def get_metadata(self, original=kind.get_metadata, asked=[]):\n"
         "        asked.append(1)\n"
         "        return original(self) if len(asked) > 1 else None\n"
@@ -225,71 +179,51 @@ def test_a_blocked_index_ends_the_run_at_once(block: str, elastic: Scripts, serv
 
 
 def test_a_cluster_that_loses_a_node_loses_nothing(
-    three: Cluster, many: Path, tmp_path: Path, picture: Picture
+    three_nodes: Cluster, many_images: Path, tmp_path: Path, picture: Picture
 ) -> None:
-    scripts = scripts_on(three, many, tmp_path)
-    lost = three.nodes[0]  # the first address, and where the first request goes
+    scripts = scripts_on(three_nodes, many_images, tmp_path)
+    lost = three_nodes.nodes[0]  # the first address, and where the first request goes
     try:
         process = scripts.start("create.py", "--model", "thumbnail")
-        survivor = scripts_on(three, many, tmp_path)
+        survivor = scripts_on(three_nodes, many_images, tmp_path)
         survivor.index = scripts.index
-        survivor.environment["ES_URL"] = ",".join(three.url.split(",")[1:])
+        survivor.environment["ES_URL"] = ",".join(three_nodes.url.split(",")[1:])
         wait_until(lambda: count(survivor) > 200)
-        three.kill(lost)
+        three_nodes.kill(lost)
         code, stderr = end(process)
         assert code == 0, stderr
         assert counts(stderr) == {"new": MANY}
         assert count(survivor) == MANY
 
-        query = many / "images" / "7" / "7.png"
+        query = many_images / "images" / "7" / "7.png"
         response = scripts.search(query)[0]  # its first address is the lost node's
         assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7/7.png"]
         assert response["_shards"]["failed"] == 0
-        alone = scripts.run("search.py", query, ES_URL=three.url.split(",")[0])
+        alone = scripts.run("search.py", query, ES_URL=three_nodes.url.split(",")[0])
         assert alone.returncode == 2 and "Cannot connect to Elasticsearch" in alone.stderr
     finally:
         if not lost.process:
-            three.start(lost)
-            three.wait()
+            three_nodes.start(lost)
+            three_nodes.wait()
 
 
-def test_searches_go_on_while_a_node_is_lost(three: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(three, many, tmp_path)
+def test_searches_go_on_while_a_node_is_lost(three_nodes: Cluster, many_images: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(three_nodes, many_images, tmp_path)
     scripts.create("--images", "images/3")
-    queries = sorted((many / "images" / "3").iterdir())
+    queries = sorted((many_images / "images" / "3").iterdir())
     process = scripts.start("search.py", *queries)
     assert process.stdout
     lines = [process.stdout.readline() for _ in range(20)]
-    three.kill(three.nodes[0])
+    three_nodes.kill(three_nodes.nodes[0])
     try:
         rest, stderr = process.communicate(timeout=120)
     finally:
-        three.start(three.nodes[0])
-        three.wait()
+        three_nodes.start(three_nodes.nodes[0])
+        three_nodes.wait()
     assert process.returncode == 0, stderr
     found = [json.loads(line)["hits"]["hits"][0]["_score"] for line in [*lines, *rest.splitlines()]]
     assert len(found) == len(queries)
     assert min(found) > 0.99999
-
-
-class NotElasticsearch(Answering):
-    """A server that is no Elasticsearch, or stands before one."""
-
-    answers: ClassVar[dict[str, tuple[int, str, bytes]]] = {
-        "page": (200, "text/html", b"<html><body>It works!</body></html>"),
-        "gateway": (502, "text/html", b"<html><body>Bad gateway</body></html>"),
-        "empty": (200, "application/json", b""),
-        "other": (200, "application/json", b'{"hello": "world"}'),
-        "list": (200, "application/json", b"[]"),
-    }
-
-    def answer(self) -> None:
-        status, kind, body = self.answers[self.path.split("/")[1]]
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.mark.parametrize("kind", sorted(NotElasticsearch.answers))
@@ -319,10 +253,10 @@ def test_deletions_that_are_refused_are_not_counted(elastic: Scripts, server: Se
 
 
 def test_an_index_that_is_deleted_during_a_run_does_not_come_back_with_a_guessed_mapping(
-    fragile: Cluster, many: Path, tmp_path: Path
+    fragile_server: Cluster, many_images: Path, tmp_path: Path
 ) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
-    server = Server(fragile.url, str(fragile.ca))
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
+    server = Server(fragile_server.url, str(fragile_server.ca))
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
     server.request("DELETE", scripts.index)
@@ -333,9 +267,11 @@ def test_an_index_that_is_deleted_during_a_run_does_not_come_back_with_a_guessed
     assert counts(scripts.create())["new"] == MANY
 
 
-def test_an_index_that_is_replaced_during_a_run_ends_it(fragile: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
-    server = Server(fragile.url, str(fragile.ca))
+def test_an_index_that_is_replaced_during_a_run_ends_it(
+    fragile_server: Cluster, many_images: Path, tmp_path: Path
+) -> None:
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
+    server = Server(fragile_server.url, str(fragile_server.ca))
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
     (mappings,) = (index["mappings"] for index in server.request("GET", f"{scripts.index}/_mapping").values())
@@ -366,23 +302,6 @@ def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts:
 # The process
 
 
-def wait_for_first_line(process: "subprocess.Popen[str]") -> None:
-    """Waits until a script's first line has removed Python's SIGINT handler; what comes before is Python's own.
-
-    Python installs the handler after it has told the system to ignore SIGPIPE.
-    """
-    while process.poll() is None:
-        if signal.SIGPIPE in signals(process.pid, "SigIgn") and signal.SIGINT not in signals(process.pid, "SigCgt"):
-            return
-        time.sleep(0.001)
-
-
-def signals(pid: int, mask: str) -> set[int]:
-    """The signals in a process's mask: SigIgn, those it ignores, or SigCgt, those it handles."""
-    bits = int(re.findall(rf"{mask}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
-    return {number for number in range(1, 65) if bits & 1 << (number - 1)}
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see when the script has begun")
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
@@ -410,9 +329,9 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scrip
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
-    signal_: signal.Signals, code: int, scripts: Scripts, many: Path
+    signal_: signal.Signals, code: int, scripts: Scripts, many_images: Path
 ) -> None:
-    scripts.folder, home = many, scripts.folder
+    scripts.folder, home = many_images, scripts.folder
     arguments = ("--model", "thumbnail", "--db", home / "index.db")
     process = scripts.start("create.py", *arguments)
     wait_until(lambda: (count(scripts) if "ES_URL" in scripts.environment else rows(home / "index.db")) > 0)
@@ -425,12 +344,12 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     assert counts(scripts.create(*arguments)) == {"new": MANY - written} | ({"unchanged": written} if written else {})
 
 
-def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
+def test_a_second_ctrl_c_ends_at_once(fragile_server: Cluster, many_images: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 200)
-    assert fragile.nodes[0].process
-    os.killpg(fragile.nodes[0].process.pid, signal.SIGSTOP)  # it takes connections and says nothing
+    assert fragile_server.nodes[0].process
+    os.killpg(fragile_server.nodes[0].process.pid, signal.SIGSTOP)  # it takes connections and says nothing
     try:
         process.send_signal(signal.SIGINT)
         read_until(process, "Interrupted")
@@ -438,12 +357,12 @@ def test_a_second_ctrl_c_ends_at_once(fragile: Cluster, many: Path, tmp_path: Pa
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=3) == -signal.SIGINT  # which a shell shows as 130
     finally:
-        os.killpg(fragile.nodes[0].process.pid, signal.SIGCONT)
+        os.killpg(fragile_server.nodes[0].process.pid, signal.SIGCONT)
 
 
-def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts, many: Path) -> None:
+def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts, many_images: Path) -> None:
     """As with `2>&1 | tee log`, which the same Ctrl-C ends first."""
-    local.folder, home = many, local.folder
+    local.folder, home = many_images, local.folder
     process = local.start("create.py", "--model", "thumbnail", "--db", home / "index.db")
     assert process.stderr
     wait_until(lambda: process.poll() is not None or rows(home / "index.db") > 0)
@@ -455,11 +374,11 @@ def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts,
     assert counts(local.create("--db", home / "index.db")) == {"new": MANY - written, "unchanged": written}
 
 
-def test_an_interruption_ends_the_retries(fragile: Cluster, many: Path, tmp_path: Path) -> None:
-    scripts = scripts_on(fragile, many, tmp_path)
+def test_an_interruption_ends_the_retries(fragile_server: Cluster, many_images: Path, tmp_path: Path) -> None:
+    scripts = scripts_on(fragile_server, many_images, tmp_path)
     process = scripts.start("create.py", "--model", "thumbnail")
     wait_until(lambda: count(scripts) > 400)  # what was not confirmed before the kill is not counted
-    fragile.kill(fragile.nodes[0])
+    fragile_server.kill(fragile_server.nodes[0])
     try:
         read_until(process, "Retrying in 4 s")
         started = time.monotonic()
@@ -470,12 +389,12 @@ def test_an_interruption_ends_the_retries(fragile: Cluster, many: Path, tmp_path
         assert "Retrying" not in stderr  # after the one that was read
         assert 200 < counts(stderr)["new"] < MANY
     finally:
-        fragile.start(fragile.nodes[0])
-        fragile.wait()
+        fragile_server.start(fragile_server.nodes[0])
+        fragile_server.wait()
 
 
-def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
-    local.folder, home = many, local.folder
+def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(local: Scripts, many_images: Path) -> None:
+    local.folder, home = many_images, local.folder
     arguments = ("--model", "thumbnail", "--db", home / "index.db")
     chance = random.Random(5)
     for _ in range(5):
@@ -496,8 +415,8 @@ def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(loca
         assert hits["hits"][0]["fields"]["file_path"] == [path]
 
 
-def test_two_runs_at_once_end_well(scripts: Scripts, many: Path) -> None:
-    scripts.folder, home = many, scripts.folder
+def test_two_runs_at_once_end_well(scripts: Scripts, many_images: Path) -> None:
+    scripts.folder, home = many_images, scripts.folder
     arguments = ("--model", "thumbnail", "--db", home / "index.db")
     processes = [scripts.start("create.py", *arguments) for _ in range(2)]
     for code, stderr in map(end, processes):
@@ -559,15 +478,15 @@ def test_an_empty_file_becomes_an_index(local: Scripts, picture: Picture) -> Non
     assert counts(local.create()) == {"new": 1}
 
 
-def test_a_full_disk_is_reported_in_one_line_and_the_next_run_goes_on(local: Scripts, many: Path) -> None:
-    local.folder, home = many, local.folder
+def test_a_full_disk_is_reported_in_one_line_and_the_next_run_goes_on(local: Scripts, many_images: Path) -> None:
+    local.folder, home = many_images, local.folder
     arguments = ("--model", "thumbnail", "--db", home / "index.db", "--index", local.index)
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20));"
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", limited, str(ROOT / "create.py"), *map(str, arguments)]
     done = subprocess.run(
         command,
-        cwd=many,
+        cwd=many_images,
         env=local.environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

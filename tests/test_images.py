@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,32 @@ from PIL import Image, UnidentifiedImageError
 
 from imagesearch import images
 from imagesearch.documents import ImageFile
+from imagesearch.folder import FolderSource
 from imagesearch.images import FORMATS, image_extensions
 from imagesearch.paths import file_path_to_local, normalize_folder, path_from_text, path_to_text, quote_path
-from imagesearch.sources import FolderSource
-from tests.conftest import Picture, image, read_image
+from tests.pictures import Picture, image, read_image
 from tests.server import ROOT
+
+
+@dataclass
+class Notes:
+    """A report that keeps what it is told."""
+
+    skipped: list[str]
+    unreadable: list[str]
+
+    def count_skipped(self, kind: str) -> None:
+        self.skipped.append(kind)
+
+    def count_unreadable(self, path: str, reason: str) -> None:
+        self.unreadable.append(path)
 
 
 def found(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """The images below `folder` and what could not be read, as paths below it, and the kinds of skipped files."""
-    skipped: list[str] = []
-    unreadable: list[str] = []
-    source = FolderSource(str(folder), str(folder))
-    images = [image.file_path for image in source.find_images(skipped.append, lambda path, _: unreadable.append(path))]
-    return sorted(images), sorted(skipped), sorted(unreadable)
+    notes = Notes([], [])
+    images = [image.file_path for image in FolderSource(str(folder), str(folder)).find_images(notes)]
+    return sorted(images), sorted(notes.skipped), sorted(notes.unreadable)
 
 
 def test_images_are_found_at_any_depth_and_the_rest_is_skipped(tmp_path: Path, picture: Picture) -> None:
@@ -44,7 +57,7 @@ def test_images_are_found_at_any_depth_and_the_rest_is_skipped(tmp_path: Path, p
 
     paths, skipped, unreadable = found(tmp_path)
     assert paths == ["./a.png", "./linked.png", "./one/b.JPG", "./one/two/three/c.webp"]
-    folders = ["link to a folder above", "link to itself", "not a regular file", "without extension"]
+    folders = ["link to a folder already found", "link to itself", "not a regular file", "without extension"]
     assert skipped == [".txt", "hidden", "hidden", *folders]
     assert unreadable == ["./nothing.png"]
 
@@ -92,7 +105,7 @@ def test_the_class_is_the_name_of_the_folder_however_it_is_given(
     for place, given in ((folder, "."), (folder / "deep", ".."), (tmp_path, name)):
         monkeypatch.chdir(place)
         source = FolderSource(given, os.path.realpath(tmp_path))
-        (found,) = source.find_images(lambda kind: None, lambda path, reason: None)
+        (found,) = source.find_images()
         assert (found.desc, found.file_path) == (path_to_text(name), f"./{path_to_text(name)}/x.png")
         assert file_path_to_local(found.file_path, str(tmp_path)) == str(folder / "x.png")
 
@@ -114,7 +127,7 @@ def test_quoted_paths_are_one_line_that_a_shell_takes() -> None:
 def test_a_far_future_mtime_fits_into_an_index(tmp_path: Path) -> None:
     image((8, 8), 1).save(tmp_path / "a.png")
     subprocess.run(["touch", "-d", "2300-01-01", tmp_path / "a.png"], check=True)
-    (found,) = FolderSource(str(tmp_path), "/").find_images(lambda kind: None, lambda path, reason: None)
+    (found,) = FolderSource(str(tmp_path), "/").find_images()
     assert found.mtime == 2**63 - 1
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from imagesearch.documents import Document, ImageFile
 from imagesearch.progress import Progress
-from tests.conftest import Picture, Scripts, averaging_model
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts, counts
 from tests.server import ROOT
-from tests.test_scripts import counts
 
 
 def test_without_model_create_uses_that_of_the_index(scripts: Scripts, picture: Picture) -> None:
@@ -110,7 +110,7 @@ def test_rate_and_time_left_count_only_what_is_embedded(monkeypatch: pytest.Monk
 
 
 def test_without_a_terminal_a_line_every_30_seconds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(monkeypatch)
     progress = Progress()
@@ -118,7 +118,7 @@ def test_without_a_terminal_a_line_every_30_seconds(
     for number in range(650):
         clock.now += 0.1
         progress.count_written(embedded(number))
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert re.fullmatch(r"\d+ images, 10/s", lines[0])
 

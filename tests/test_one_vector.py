@@ -18,19 +18,10 @@ from PIL import Image
 from imagesearch.clip import import_imgbeddings
 from imagesearch.connection import Connection
 from imagesearch.index import open_index
-from tests.clip_model import build
-from tests.conftest import Scripts
+from tests.running import Scripts, counts
 from tests.server import ROOT
-from tests.test_scripts import counts
 
 COUNT = 24
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "clip.onnx"
-    build(path, layers=3)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +46,25 @@ Expected = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, photographs: Path) -> Expected:
+def expected(small_clip: Path, photographs: Path) -> Expected:
     """The embedding of each file, by SHA-256, that imgbeddings itself makes with the unmodified model."""
     from transformers import CLIPImageProcessor
 
     theirs: Any = object.__new__(import_imgbeddings())
     theirs.pca = None
-    theirs.session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    theirs.session = onnxruntime.InferenceSession(str(small_clip), providers=["CPUExecutionProvider"])
     theirs.processor = CLIPImageProcessor(do_center_crop=False)
     paths = sorted((photographs / "images").rglob("*.*"))
     return {hashlib.sha256(path.read_bytes()).hexdigest(): theirs.to_embeddings(str(path))[0] for path in paths}
 
 
 @pytest.fixture
-def run(scripts: Scripts, photographs: Path, model: Path) -> Callable[..., str]:
+def run(scripts: Scripts, photographs: Path, small_clip: Path) -> Callable[..., str]:
     """Runs create.py on the photographs; scripts run in their folder, with the local index elsewhere."""
     database = scripts.folder / "index.db"
     scripts.folder = photographs
     scripts.environment["DB"] = str(database)
-    return lambda *arguments, **options: scripts.create("--model", model, "--db", database, *arguments, **options)
+    return lambda *arguments, **options: scripts.create("--model", small_clip, "--db", database, *arguments, **options)
 
 
 def stored(scripts: Scripts, expected: Expected) -> Expected:

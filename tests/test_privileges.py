@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from imagesearch.elasticsearch_errors import PRIVILEGES_HINT
-from tests.conftest import FEWER, ROLES, Picture, Scripts, Server
-from tests.server import ROOT
-from tests.test_scripts import counts
+from tests.pictures import Picture
+from tests.running import Scripts, counts
+from tests.server import FEWER, ROLES, ROOT, Server
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_creator_can_do_all_that_create_can(
     assert counts(elastic.create(**creator)) == {"new": 2}
     second.rename(second.with_name("c.png"))
     first.touch()
-    assert counts(elastic.create("--prune", **creator)) == {"new": 1, "copied": 1, "unchanged": 1, "deleted": 1}
+    assert counts(elastic.create("--prune", **creator)) == {"new": 1, "known": 1, "unchanged": 1, "deleted": 1}
     assert elastic.search(first, "-k", 2, "--html", "page.html", **searcher)[0]["hits"]["total"]["value"] == 2
     assert "no image of class Owl" in elastic.run("search.py", first, "--desc", "Owl", **searcher).stderr
 

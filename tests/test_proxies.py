@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.certificates import trusting_session
-from tests.conftest import Answering, Picture, Scripts, Server
-from tests.test_scripts import counts
+from tests.http_servers import Answering
+from tests.pictures import Picture
+from tests.running import Scripts, counts
+from tests.server import Server
 
 Answer = tuple[int, dict[str, str], bytes] | None
 

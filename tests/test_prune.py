@@ -7,9 +7,8 @@ import sqlite3
 import time
 from pathlib import Path
 
-from tests.conftest import Picture, Scripts
-from tests.test_faults import end, rows, signals, wait_until
-from tests.test_scripts import counts
+from tests.pictures import Picture
+from tests.running import Scripts, counts, end, rows, signals, wait_until
 
 
 def images(picture: Picture, count: int = 6) -> list[Path]:
@@ -133,7 +132,7 @@ def test_a_renamed_folder_is_copied_and_pruned(scripts: Scripts, picture: Pictur
     images(picture)
     scripts.create()
     os.rename(scripts.folder / "images" / "1", scripts.folder / "images" / "one")
-    assert counts(scripts.create("--prune")) == {"new": 3, "copied": 3, "unchanged": 3, "deleted": 3}
+    assert counts(scripts.create("--prune")) == {"new": 3, "known": 3, "unchanged": 3, "deleted": 3}
     assert len(scripts.paths()) == 6
 
 

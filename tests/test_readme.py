@@ -14,7 +14,8 @@ import apsw
 import pytest
 import sqlite_vec
 
-from tests.conftest import Scripts, image
+from tests.pictures import image
+from tests.running import Scripts
 from tests.server import ROOT, S3
 from tools.options import OPTIONS, with_help
 

@@ -7,35 +7,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from imagesearch import results_page
-from imagesearch.documents import FileMetadata
+from imagesearch.documents import FileMetadata, IndexMetadata, ModelInfo
+from imagesearch.files import file_sha256
 from imagesearch.paths import path_to_text
-from tests.conftest import Picture, Scripts, image, unavailable
+from tests.pictures import Picture, image
+from tests.running import Scripts
 from tests.server import ROOT
 
 ODD = ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "two words & more", "new\nline", "émoji 🦅 100% #1?"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The system's Chromium."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found:
-        unavailable("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 class Files:
@@ -53,18 +41,20 @@ class Files:
             desc = path_to_text(os.path.basename(os.path.dirname(path)))
             hits.append({"_id": text, "_score": 1 - 0.01 * number, "fields": {"file_path": [text], "desc": [desc]}})
             if os.path.exists(path):
-                status = os.stat(path)
-                mtime = status.st_mtime_ns + (self.changed != "" and self.changed in text)
-                self.metadata[text] = FileMetadata(status.st_size, mtime, "")
+                sha256 = "other" if self.changed and self.changed in text else file_sha256(Path(path))
+                self.metadata[text] = FileMetadata(0, 0, sha256)
         return {"hits": {"hits": hits}}
 
     def get_file_metadata(self, ids: list[str]) -> dict[str, FileMetadata]:
         return {id_: self.metadata[id_] for id_ in ids if id_ in self.metadata}
 
 
+METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
+
+
 def write_page(path: Path, files: Files, results: list[tuple[str, dict[str, Any]]]) -> None:
     """Writes a page as search.py does."""
-    page = results_page.Page(path, files, "/")  # type: ignore[arg-type]  # only its file metadata is asked for
+    page = results_page.Page(path, files, "images", METADATA)  # type: ignore[arg-type]  # only its file metadata is read
     for query, response in results:
         with page.open_query(query):
             page.add(query, response)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from imagesearch.connection import Connection
 from imagesearch.documents import Document, FileMetadata, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_index import ElasticsearchIndex
-from imagesearch.index import Index
+from imagesearch.index import WritableIndex
 from imagesearch.paths import file_path_to_local, path_to_text
 from imagesearch.retry import NO_RETRY
 from imagesearch.sqlite_index import SqliteIndex
-from tests.conftest import Scripts
+from tests.running import Scripts
 
 # Names of folders: any bytes but / and NUL, and much text.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).map(str.encode)
@@ -24,7 +24,7 @@ NAME = (st.binary(min_size=1, max_size=60) | TEXT).map(lambda raw: raw.replace(b
 NAMES = st.lists(NAME.filter(lambda raw: raw not in (b".", b"..")), min_size=1, max_size=4)
 
 
-def check(index: Index, names: list[bytes], folder: Path) -> None:
+def check(index: WritableIndex, names: list[bytes], folder: Path) -> None:
     """Writes a document for a file in these folders, and looks it up, searches it, lists it and deletes it."""
     raw = os.path.join(os.fsencode(folder), *names, b"x.jpg")
     os.makedirs(os.path.dirname(raw), exist_ok=True)
@@ -41,7 +41,8 @@ def check(index: Index, names: list[bytes], folder: Path) -> None:
     assert hit["_id"] == image.id
     assert hit["fields"] == {"file_path": [image.file_path], "desc": [image.desc]}
     assert os.fsencode(file_path_to_local(hit["fields"]["file_path"][0], "/")) == raw
-    assert list(index.list_paths(str(folder))) == [(image.id, image.file_path)]
+    assert list(index.list_paths(str(folder))) == [image.file_path]
+    assert index.count_below(str(folder)) == 1
     assert index.count_classes() == {image.desc: 1}
     assert index.delete([image.id]) == 1
     index.refresh()
@@ -60,7 +61,7 @@ def test_the_local_file_keeps_any_name(names: list[bytes], tmp_path: Path) -> No
 
 
 @pytest.fixture
-def index(elastic: Scripts) -> Index:
+def index(elastic: Scripts) -> WritableIndex:
     connection = Connection.from_env(elastic.environment)
     assert connection
     index = ElasticsearchIndex(connection, elastic.index, NO_RETRY)
@@ -71,5 +72,5 @@ def index(elastic: Scripts) -> Index:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=NAMES)
-def test_elasticsearch_keeps_any_name(names: list[bytes], index: Index, tmp_path: Path) -> None:
+def test_elasticsearch_keeps_any_name(names: list[bytes], index: WritableIndex, tmp_path: Path) -> None:
     check(index, names, tmp_path / "images")

@@ -15,9 +15,9 @@ from imagesearch.documents import Document, ImageFile
 from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.errors import ImageSearchError
 from imagesearch.retry import NO_RETRY
-from tests.conftest import Picture, Scripts, Server, averaging_model, scripts_on
-from tests.server import ROOT, Cluster
-from tests.test_scripts import counts
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts, counts, scripts_on
+from tests.server import ROOT, Cluster, Server
 
 
 def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture) -> None:
@@ -94,12 +94,12 @@ def recipe(document: str, beginning: str, scripts: Scripts, **environment: str) 
     )
 
 
-def test_three_nodes_share_shards_and_senders(three: Cluster, picture: Picture, tmp_path: Path) -> None:
+def test_three_nodes_share_shards_and_senders(three_nodes: Cluster, picture: Picture, tmp_path: Path) -> None:
     """Three machines embed a part each and write to a node each; the template of docs/scaling.md spreads the index."""
     for number in range(60):
         picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
-    scripts = scripts_on(three, tmp_path, tmp_path)
-    servers = [Server(url, str(three.ca)) for url in three.url.split(",")]
+    scripts = scripts_on(three_nodes, tmp_path, tmp_path)
+    servers = [Server(url, str(three_nodes.ca)) for url in three_nodes.url.split(",")]
     output, _ = recipe("docs/scaling.md", "curl", scripts, ES_URL=servers[0].url).communicate()
     assert json.loads(output) == {"acknowledged": True}
     parts = [

@@ -13,44 +13,16 @@ import sys
 import termios
 import threading
 from pathlib import Path
-from typing import ClassVar
 from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
 from tests.certificates import CA
-from tests.conftest import Answering, Picture, Scripts, Server, averaging_model, image
-from tests.server import ROOT
-
-COUNTS = re.compile(
-    r"^(?P<new>[\d,]+) new, (?P<updated>[\d,]+) updated"
-    r"( \((?P<copied>[\d,]+) of them copied from images with the same content\))?,"
-    r" (?P<unchanged>[\d,]+) unchanged, (?P<deleted>[\d,]+) deleted, (?P<unreadable>[\d,]+) unreadable in [\d.]+ s"
-    r"( \([\d.]+ images/s embedded\))?(; skipped: (?P<skipped>.+))?$",
-    re.MULTILINE,
-)
-
-
-def summary(stderr: str) -> dict[str, str]:
-    """The summary's parts that are not 0."""
-    found = COUNTS.search(stderr)
-    assert found, stderr
-    return {name: value for name, value in found.groupdict().items() if value not in ("0", None)}
-
-
-def counts(stderr: str) -> dict[str, int]:
-    """The summary's counts that are not 0."""
-    return {name: int(value.replace(",", "")) for name, value in summary(stderr).items() if name != "skipped"}
-
-
-@pytest.fixture
-def birds(picture: Picture) -> list[Path]:
-    """Thirty images in three classes and one in none."""
-    names = [
-        f"images/{bird}/{number}.png" for bird in ("Bald_Eagle", "Osprey", "deep/down/Wren") for number in range(10)
-    ]
-    return [picture(name) for name in [*names, "images/loose.jpg"]]
+from tests.http_servers import RecordingServer
+from tests.pictures import Picture, averaging_model, image
+from tests.running import Scripts, counts, summary
+from tests.server import ROOT, Server
 
 
 def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scripts, birds: list[Path]) -> None:
@@ -190,7 +162,7 @@ def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, b
     (scripts.folder / "images" / "new.png").write_bytes(birds[0].read_bytes())
     stderr = scripts.create("--model", model, code=2)
     assert "made with --model thumbnail" in stderr and "--index" in stderr
-    assert counts(scripts.create()) == {"new": 1, "copied": 1, "unchanged": 31}
+    assert counts(scripts.create()) == {"new": 1, "known": 1, "unchanged": 31}
 
 
 def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list[Path]) -> None:
@@ -399,22 +371,6 @@ def test_an_api_key_stands_for_the_password(elastic: Scripts, birds: list[Path],
     keyed = {"ES_URL": re.sub("admin:[^@]*@", "", server.url), "ES_API_KEY": answer["encoded"]}
     assert counts(elastic.create(**keyed)) == {"new": 31}
     assert elastic.search(birds[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
-
-
-class RecordingServer(Answering):
-    """Records each request's method and credentials; answers 404 to GET and 401 to everything else."""
-
-    seen: ClassVar[list[tuple[str, str | None]]] = []
-
-    def answer(self) -> None:
-        self.seen.append((self.command, self.headers["Authorization"]))
-        self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self.send_response(404 if self.command == "GET" else 401)
-        self.send_header("X-Elastic-Product", "Elasticsearch")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
 
 
 def test_the_api_key_is_sent_by_both_clients(local: Scripts, birds: list[Path]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from imagesearch.connection import Connection
 from imagesearch.errors import UsageError
 from imagesearch.paths import query_name
-from tests.conftest import Picture, Scripts, averaging_model
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts
 
 PASSWORD = "hunter2&SECRET/marked"
 KEY = "SECRETmarkedKEY=="

@@ -15,8 +15,9 @@ from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.errors import UsageError
 from imagesearch.retry import NO_RETRY
 from tests.certificates import CA
-from tests.conftest import Picture, Scripts, Server
-from tests.test_scripts import counts
+from tests.pictures import Picture
+from tests.running import Scripts, counts
+from tests.server import Server
 
 
 def test_the_ca_of_the_tests_is_like_that_of_ibm_cloud(server: Server) -> None:

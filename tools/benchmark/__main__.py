@@ -39,7 +39,7 @@ from imagesearch.documents import DIMENSIONS, Document, ImageFile, IndexMetadata
 from imagesearch.elasticsearch_index import META_KEY, PROPERTIES, ElasticsearchIndex
 from imagesearch.images import open_rgb
 from imagesearch.index import Index
-from imagesearch.int8 import int8_model_path, write_probe
+from imagesearch.int8 import prepared_model_path, write_probe
 from imagesearch.parallel import available_cpus
 from imagesearch.retry import NO_RETRY
 from imagesearch.sources import FolderSource
@@ -155,7 +155,7 @@ def save(photograph: Image.Image, path: Path) -> None:
 
 def int8() -> Iterator[Row]:
     """The rewritten model against the model as shipped, one image at a time on all CPUs; and the CPU's own limit."""
-    rewritten = int8_model_path(MODEL, model_sha256(MODEL))
+    rewritten = prepared_model_path(MODEL, model_sha256(MODEL))
     random = np.random.default_rng(0)
     inputs = [{"pixel_values": random.standard_normal((1, 3, 224, 224), np.float32)} for _ in range(64)]
     sessions = {"shipped": open_session(MODEL), "int8": open_session(rewritten)}
@@ -265,9 +265,9 @@ def large() -> Iterator[Row]:
     """create.py on large photographs against imgbeddings' own path, which is measured before and after."""
     theirs = load_as_tutorial(str(MODEL))
     paths = [str(path) for path in sorted(LARGE.iterdir())[:10]]
-    before = rate(theirs.to_embeddings, paths, threads=1)
+    before = rate(theirs.to_embeddings, paths)
     done = script("create.py", "--images", "large", "--model", MODEL, "--db", "large.db")
-    own = (before + rate(theirs.to_embeddings, paths, threads=1)) / 2
+    own = (before + rate(theirs.to_embeddings, paths)) / 2
     yield Row(
         f"create.py, 200 JPEGs of 12 megapixels: {LARGE_PHOTOGRAPHS / done.seconds:.1f} images/s,"
         f" imgbeddings' own path {own:.2f}",
@@ -288,7 +288,7 @@ def growth() -> Iterator[Row]:
     if not ten.exists():
         for number in range(10):
             shutil.copytree(SMALL, ten / str(number), copy_function=functools.partial(copy_as_new, b"%d" % number))
-    int8_model_path(SHALLOW, model_sha256(SHALLOW))  # rewritten in advance
+    prepared_model_path(SHALLOW, model_sha256(SHALLOW))  # rewritten in advance
     few, many = (
         script("create.py", "--images", name, "--model", SHALLOW, "--db", f"{name}.db").peak
         for name in ("small", "ten")
@@ -300,13 +300,13 @@ def growth() -> Iterator[Row]:
     )
 
 
-LOADING = "import sys; from imagesearch.models import load_model; load_model(sys.argv[1], threads=1)"
+LOADING = "import sys; from imagesearch.models import load_model; load_model(sys.argv[1])"
 
 
 def search(model: clip.Clip) -> Iterator[Row]:
     """search.py as a whole against its floor."""
     image = SMALL / "3" / "3.jpg"
-    light = int8_model_path(MODEL, model.info.sha256)
+    light = prepared_model_path(MODEL, model.info.sha256)
     floor = median(lambda: run(ROOT / "tools/benchmark/floor.py", light, image, available_cpus()))
     one = median(lambda: script("search.py", image, "--db", "create.db", "--index", "local"))
     yield Row(f"search.py, one cold query: {one:.2f} s, floor {floor:.2f} s", f"{one / floor:.2f}×", "≤ 1.3×")
@@ -575,7 +575,7 @@ def main() -> None:
     prepare()
     for stale in FOLDER.glob("*.db*"):
         stale.unlink()
-    model = clip.load_onnx(str(MODEL), MODEL, threads=1)
+    model = clip.load_onnx(str(MODEL), MODEL, None)
     rows = []
     with Cluster(memory="1g") as server:
         group = server.nodes[0].process

@@ -1,0 +1,208 @@
+"""Running the two scripts as a user does, and what they say."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imagesearch.connection import Connection
+from imagesearch.documents import document_id
+from imagesearch.index import WritableIndex, open_writable_index
+from imagesearch.retry import NO_RETRY
+from tests.server import ROOT, Cluster, Server
+
+
+@dataclass
+class Scripts:
+    """Runs create.py and search.py as a user does, in a folder of their own, on an index of their own."""
+
+    folder: Path
+    environment: dict[str, str]
+    index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
+
+    def start(
+        self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
+    ) -> "subprocess.Popen[str]":
+        """Starts a script; its output is text, on pipes."""
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, arguments), "--index", self.index],
+            cwd=self.folder,
+            env=self.environment | environment,
+            text=True,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(script, *arguments, **environment)
+        stdout, stderr = process.communicate(timeout=120)
+        assert "Traceback" not in stderr, stderr
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
+        """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
+        model = () if "--model" in arguments else ("--model", "thumbnail")
+        done = self.run("create.py", *model, *arguments, **environment)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+        """Runs search.py; the JSON that it prints, a line each."""
+        done = self.run("search.py", *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def paths(self) -> list[str]:
+        """The `file_path` of every document, sorted."""
+        anything = self.folder / "anything.png"
+        Image.new("RGB", (20, 20), "teal").save(anything)
+        hits = self.search(anything, "-k", 10_000)[0]["hits"]["hits"]
+        return sorted(hit["fields"]["file_path"][0] for hit in hits)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_", "AWS_"))}
+    return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
+    """The scripts on a cluster, run in `folder`."""
+    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
+
+
+# Python imports it at its start: each call of the model appends a byte to a file.
+COUNTING = """
+import imagesearch.models as models
+embed = models.Thumbnail.embed
+def counting(self, pixels):
+    with open({path!r}, "ab") as file:
+        file.write(b".")
+    return embed(self, pixels)
+models.Thumbnail.embed = counting
+"""
+
+MANY = 3000  # images in `many_images`
+
+KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
+COUNTS = re.compile(
+    rf"^(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"
+    r"(, (?P<unchanged>[\d,]+) unchanged)?(, (?P<deleted>[\d,]+) deleted)?(, (?P<unreadable>[\d,]+) unreadable)?"
+    r" in [\d.]+ s( \([\d.]+ images/s embedded\))?(; skipped: (?P<skipped>.+))?$",
+    re.MULTILINE,
+)
+
+
+def summary(stderr: str) -> dict[str, str]:
+    """The summary's parts that are not 0."""
+    found = COUNTS.search(stderr)
+    assert found, stderr
+    parts = {name: value for name, value in found.groupdict().items() if value not in ("0", None)}
+    if "also_known" in parts:
+        parts["known"] = parts.pop("also_known")
+    return parts
+
+
+def counts(stderr: str) -> dict[str, int]:
+    """The summary's counts that are not 0."""
+    return {name: int(value.replace(",", "")) for name, value in summary(stderr).items() if name != "skipped"}
+
+
+def count(scripts: Scripts, refresh: bool = True) -> int:
+    """How many documents the index has; 0 before there is one."""
+    server = Server(scripts.environment["ES_URL"], scripts.environment["ES_CA_CERT"])
+    try:
+        if refresh:
+            server.request("POST", f"{scripts.index}/_refresh")
+        return int(server.request("GET", f"{scripts.index}/_count")["count"])
+    except AssertionError:
+        return 0
+
+
+def rows(path: Path) -> int:
+    """How many documents the local file has; 0 before there is one."""
+    if not path.exists():
+        return 0
+    database = sqlite3.connect(path)
+    try:
+        return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        database.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end(process: "subprocess.Popen[str]", seconds: float = 180) -> tuple[int, str]:
+    """Waits for a script; its exit code and stderr."""
+    _, stderr = process.communicate(timeout=seconds)
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> None:
+    """Reads a script's stderr up to a line with this text."""
+    assert process.stderr
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"the script ended without {text!r}")
+
+
+def wait_for_first_line(process: "subprocess.Popen[str]") -> None:
+    """Waits until a script's first line has removed Python's SIGINT handler; what comes before is Python's own.
+
+    Python installs the handler after it has told the system to ignore SIGPIPE.
+    """
+    while process.poll() is None:
+        if signal.SIGPIPE in signals(process.pid, "SigIgn") and signal.SIGINT not in signals(process.pid, "SigCgt"):
+            return
+        time.sleep(0.001)
+
+
+def signals(pid: int, mask: str) -> set[int]:
+    """The signals in a process's mask: SigIgn, those it ignores, or SigCgt, those it handles."""
+    bits = int(re.findall(rf"{mask}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+    return {number for number in range(1, 65) if bits & 1 << (number - 1)}
+
+
+def calls(scripts: Scripts) -> int:
+    """How often the model was called since the last time."""
+    path = scripts.folder / "calls"
+    number = path.stat().st_size if path.exists() else 0
+    path.unlink(missing_ok=True)
+    return number
+
+
+def open_scripts_index(scripts: Scripts, folder: Path) -> WritableIndex:
+    """The index that the scripts use; in `folder`, if it is a local file."""
+    connection = Connection.from_env(scripts.environment)
+    return open_writable_index(scripts.index, connection, None if connection else folder / "imagesearch.db", NO_RETRY)
+
+
+def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:
+    """The bits of every embedding in the index, by path."""
+    with open_scripts_index(scripts, folder) as index:
+        assert index.get_metadata()
+        ids = {document_id(path): path for path in index.list_paths(".")}
+        found = index.get_file_metadata(list(ids))
+        vectors = index.find_embeddings([metadata.sha256 for metadata in found.values()])
+        return {ids[id_]: vectors[metadata.sha256].tobytes() for id_, metadata in found.items()}
