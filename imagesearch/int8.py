@@ -172,7 +172,7 @@ def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
 
 
 def _optimize(model: bytes | str, target: Path) -> None:
-    """Fuses the operators of a model, given as it is or by its path, and writes it to `target` in ONNX Runtime's own format."""
+    """Writes a model, given as it is or by its path, to `target` with fused operators in ONNX Runtime's own format."""
     options = session_options()
     options.optimized_model_filepath = str(target)
     options.add_session_config_entry("session.save_model_format", "ORT")

@@ -11,10 +11,12 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
+
+from PIL import Image, ImageCms
 
 from imagesearch.documents import FileMetadata, IndexMetadata, OpenedImage
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
@@ -82,7 +84,7 @@ HEAD = f"""<!DOCTYPE html>
 
 def check_page_path(text: str, images: Sequence[str]) -> Path:
     """Returns the path of the page. Raises UsageError for a file that should not be overwritten."""
-    path = Path(os.path.realpath(text))  # a symbolic link stays one
+    path = Path(text)
     problem = ""
     if any(image != "-" and os.path.exists(image) and path.exists() and path.samefile(image) for image in images):
         problem = "is one of the images to search for"
@@ -144,7 +146,7 @@ class Page:
         if not any("hits" in response for _, response in self._results):
             return False
         try:
-            with atomic_write(self._path) as temporary:
+            with atomic_write(Path(os.path.realpath(self._path))) as temporary:  # a symbolic link stays one
                 self._write_sections(temporary)
         except OSError as error:
             raise ImageSearchError(
@@ -253,8 +255,19 @@ def thumbnail(stream: BinaryIO) -> bytes:
     webp = io.BytesIO()
     with open_rgb(stream) as image:
         image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        _convert_to_srgb(image)
         image.save(webp, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
     return webp.getvalue()
+
+
+def _convert_to_srgb(image: Image.Image) -> None:
+    """Converts an RGB image from its ICC profile, if it has one of RGB, to sRGB."""
+    profile = image.info.get("icc_profile") or b""
+    if profile[16:20] != b"RGB ":  # of a grayscale or CMYK image, whose pixels are RGB by now
+        return
+    with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), inPlace=True)
 
 
 def escape(text: str) -> str:

@@ -60,6 +60,8 @@ _pool = ThreadPoolExecutor(1)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begins to start the servers that the selected tests need."""
     needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if any(getattr(item, "callspec", None) and "elastic" in item.callspec.params.values() for item in session.items):  # type: ignore[attr-defined]
+        needed.add("server")
     for name in SERVERS:
         if name in needed and not session.config.option.collectonly and not (name == "server" and TEST_ES_URL):
             _started[name] = _pool.submit(_start, name)
@@ -72,6 +74,8 @@ def _start(name: str) -> tuple[Any, ExitStack]:
 
 def started(name: str) -> Iterator[Any]:
     """Yields a server as soon as it has started, and ends it."""
+    if name not in _started:
+        _started[name] = _pool.submit(_start, name)
     server, stack = _started[name].result()
     with stack:
         yield server

@@ -119,7 +119,6 @@ GOOD: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
     "lzw.tif": ((50, 40), "RGB", {"compression": "tiff_lzw"}),
     "frames.tif": ((50, 40), "RGB", {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}),
     "a.bmp": ((50, 40), "RGB", {}),
-    "a.ico": ((48, 48), "RGBA", {}),
     "a.tga": ((50, 40), "RGB", {}),
     "a.ppm": ((50, 40), "RGB", {}),
     "a.jp2": ((50, 40), "RGB", {}),
@@ -169,11 +168,9 @@ def test_a_truncated_image_is_reported(kind: str, tmp_path: Path) -> None:
     unreadable(path)
 
 
-def test_a_decompression_bomb_is_reported_and_what_pillow_allows_is_not(tmp_path: Path) -> None:
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    assert "decompression bomb" in unreadable(tmp_path / "bomb.png")
-    Image.new("L", (13_000, 13_000), 77).save(tmp_path / "large.png")  # Pillow's limit is 13,377 squared
-    embedded(tmp_path / "large.png")
+def test_a_decompression_bomb_is_reported(tmp_path: Path) -> None:
+    Image.new("1", (65_500, 12_000)).save(tmp_path / "bomb.png")  # 96 kB
+    assert unreadable(tmp_path / "bomb.png").startswith("65500x12000 pixels of PNG need 786 MB to decode, more than")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

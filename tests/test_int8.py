@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,7 +52,8 @@ def test_embeddings_are_bit_identical(batch: int, small_clip: Path) -> None:
 def test_however_many_images_are_to_come_the_bits_are_the_same(image_count: int | None, small_clip: Path) -> None:
     """One is embedded by all CPUs, few by weights that are not prepacked."""
     pixels = np.random.default_rng(1).standard_normal((3, 224, 224), np.float32)
-    expected = onnxruntime.InferenceSession(str(small_clip)).run(["embeddings"], {"pixel_values": pixels[None]})[0][0]
+    session = onnxruntime.InferenceSession(str(small_clip))
+    expected = np.asarray(session.run(["embeddings"], {"pixel_values": pixels[None]})[0])[0]
     for _ in range(2):  # made, and from the cache
         assert np.array_equal(load_model(str(small_clip), image_count).embed(pixels), expected)
 
@@ -59,7 +61,7 @@ def test_however_many_images_are_to_come_the_bits_are_the_same(image_count: int 
 def quantized_model(path: Path, random: np.random.Generator) -> None:
     """A small model with what the rewrite changes, of the same forms as CLIP's: patches, then a product."""
     low, high = (0, 256) if random.integers(2) else (255, 256)
-    weights = {
+    weights: dict[str, Any] = {
         "conv": random.integers(low, high, (5, 3, 112, 112)).astype(np.uint8),
         "conv_zero": random.integers(0, 256, ()).astype(np.uint8),
         "product": random.integers(low, high, (20, 7)).astype(np.uint8),
@@ -93,7 +95,7 @@ def test_the_rewrite_leaves_every_integer_the_same_on_any_cpu(seed: int, tmp_pat
     assert rewritten
     images = random.standard_normal((2, 3, 224, 224)).astype(np.float32)
     before, after = (
-        ReferenceEvaluator(onnx.load_model_from_string(model)).run(None, {"pixel_values": images})
+        ReferenceEvaluator(loaded(model)).run(None, {"pixel_values": images})
         for model in ((tmp_path / "model.onnx").read_bytes(), rewritten)
     )
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
@@ -108,7 +110,7 @@ def test_a_batch_would_make_an_embedding_depend_on_other_images(small_clip: Path
 
 
 def test_every_weight_is_int8_and_means_the_same(small_clip: Path, tmp_path: Path) -> None:
-    before, after = onnx.load(small_clip).graph, onnx.load_model_from_string(rewrite(small_clip)).graph
+    before, after = onnx.load(small_clip).graph, loaded(rewrite(small_clip)).graph
     old, new = ({t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (before, after))
     products = [node for node in after.node if node.op_type == "MatMulInteger"]
     assert len(products) == 19
@@ -118,6 +120,11 @@ def test_every_weight_is_int8_and_means_the_same(small_clip: Path, tmp_path: Pat
         original = old[weight] if old[weight].ndim == 2 else old[weight].reshape(len(old[weight]), -1).T
         assert np.array_equal(new[weight].astype(int) - new[zero_point], original.astype(int) - old[zero_point])
     assert not [node for node in after.node if node.op_type == "ConvInteger"]
+
+
+def loaded(model: bytes | None) -> onnx.ModelProto:
+    assert model
+    return onnx.load_model_from_string(model)
 
 
 def change_convolution(model: onnx.ModelProto, change: str) -> None:
@@ -145,7 +152,7 @@ def test_a_convolution_that_does_not_fit_is_kept(change: str, small_clip: Path, 
     change_convolution(model, change)
     onnx.save(model, tmp_path / "changed.onnx")
     rewritten = rewrite(tmp_path / "changed.onnx")
-    before, after = onnx.load(tmp_path / "changed.onnx").graph, onnx.load_model_from_string(rewritten).graph
+    before, after = onnx.load(tmp_path / "changed.onnx").graph, loaded(rewritten).graph
     convolutions = [[node for node in graph.node if node.op_type == "ConvInteger"] for graph in (before, after)]
     assert convolutions[0] == convolutions[1]
     assert sum(node.op_type == "MatMulInteger" for node in after.node) == 18
