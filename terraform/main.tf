@@ -4,11 +4,6 @@ data "ibm_resource_group" "this" {
   name       = var.resource_group
 }
 
-locals {
-  # Both branches are the same: the reference alone keeps a refused password from the provider, which would print it.
-  adminpassword = var.validate_elastic_password ? var.elastic_password : var.elastic_password
-}
-
 resource "ibm_database" "elasticsearch" {
   service           = "databases-for-elasticsearch"
   name              = var.name
@@ -17,7 +12,7 @@ resource "ibm_database" "elasticsearch" {
   plan              = var.plan
   version           = var.elasticsearch_version
   service_endpoints = var.service_endpoints
-  adminpassword     = local.adminpassword
+  adminpassword     = var.elastic_password
   tags              = var.tags
 
   deletion_protection = var.deletion_protection
@@ -59,6 +54,28 @@ resource "ibm_database" "elasticsearch" {
     create = "120m"
     update = "120m"
     delete = "15m"
+  }
+
+  # Not validations of the variable: if one fails, Terraform prints the refused value, even if it is sensitive.
+  lifecycle {
+    precondition {
+      condition     = length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
+      error_message = "elastic_password must have 15 to 72 characters."
+    }
+
+    precondition {
+      condition     = can(regex("^[A-Za-z0-9][A-Za-z0-9_-]*$", var.elastic_password))
+      error_message = "elastic_password may have only letters A-Z and a-z, digits, - and _, and must not begin with - or _."
+    }
+
+    precondition {
+      condition = alltrue([
+        can(regex("[a-z]", var.elastic_password)),
+        can(regex("[A-Z]", var.elastic_password)),
+        can(regex("[0-9]", var.elastic_password)),
+      ])
+      error_message = "elastic_password must have a lowercase letter, an uppercase letter and a digit."
+    }
   }
 }
 

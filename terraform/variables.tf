@@ -182,31 +182,3 @@ variable "tags" {
     error_message = "Each of tags must have 1 to 128 letters, digits, spaces and : _ . -"
   }
 }
-
-# The rules for elastic_password are validations of this variable: if a variable's own validation fails, Terraform
-# prints the refused value, even if the variable is sensitive. A value of another variable stays hidden.
-variable "validate_elastic_password" {
-  description = "False skips the check of elastic_password at plan time and leaves it to IBM Cloud."
-  type        = bool
-  default     = true
-  nullable    = false
-
-  validation {
-    condition     = !var.validate_elastic_password || length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
-    error_message = "elastic_password must have 15 to 72 characters."
-  }
-
-  validation {
-    condition     = !var.validate_elastic_password || can(regex("^[A-Za-z0-9][A-Za-z0-9_-]*$", var.elastic_password))
-    error_message = "elastic_password may have only letters A-Z and a-z, digits, - and _, and must not begin with - or _."
-  }
-
-  validation {
-    condition = !var.validate_elastic_password || alltrue([
-      can(regex("[a-z]", var.elastic_password)),
-      can(regex("[A-Z]", var.elastic_password)),
-      can(regex("[0-9]", var.elastic_password)),
-    ])
-    error_message = "elastic_password must have a lowercase letter, an uppercase letter and a digit."
-  }
-}

@@ -150,7 +150,7 @@ run "refuses_a_short_password" {
     elastic_password = "Abcdefghijklm1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_long_password" {
@@ -160,7 +160,7 @@ run "refuses_a_long_password" {
     elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_with_a_slash" {
@@ -170,7 +170,7 @@ run "refuses_a_password_with_a_slash" {
     elastic_password = "Abcdefghijklm/1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_that_begins_with_a_hyphen" {
@@ -180,7 +180,7 @@ run "refuses_a_password_that_begins_with_a_hyphen" {
     elastic_password = "-Abcdefghijklmn1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_that_begins_with_an_underscore" {
@@ -190,7 +190,7 @@ run "refuses_a_password_that_begins_with_an_underscore" {
     elastic_password = "_Abcdefghijklmn1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_without_an_uppercase_letter" {
@@ -200,7 +200,7 @@ run "refuses_a_password_without_an_uppercase_letter" {
     elastic_password = "abcdefghijklmn1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_without_a_lowercase_letter" {
@@ -210,7 +210,7 @@ run "refuses_a_password_without_a_lowercase_letter" {
     elastic_password = "ABCDEFGHIJKLMN1"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_a_password_without_a_digit" {
@@ -220,7 +220,7 @@ run "refuses_a_password_without_a_digit" {
     elastic_password = "Abcdefghijklmno"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_the_examples_password" {
@@ -230,7 +230,7 @@ run "refuses_the_examples_password" {
     elastic_password = "<make-up-a-password>"
   }
 
-  expect_failures = [var.validate_elastic_password]
+  expect_failures = [ibm_database.elasticsearch]
 }
 
 run "refuses_no_api_key" {
