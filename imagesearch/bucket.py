@@ -100,7 +100,7 @@ class BucketSource:
             try:
                 return _read(self._bucket_url, image.location, self._retry)
             except FileNotFoundError:
-                reason = "No such object: it was deleted, or its key begins or ends with a slash; then rename it"
+                reason = "no such object: it was deleted, or its key begins or ends with a slash; then rename it"
                 return Unreadable(image.file_path, reason)
             except (OSError, ValueError) as error:
                 return Unreadable(image.file_path, describe_error(error))
@@ -277,7 +277,7 @@ def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: 
 def _translate(error: Exception, bucket_url: str, is_one_object: bool) -> Exception:
     """Returns the exception to raise in place of one of obstore's."""
     text, reason, hint = str(error), _short_reason(error), _credentials_hint(bucket_url)
-    if key := re.search(r'Error parsing Path "(.*?)": ', text, re.DOTALL):
+    if key := re.search(r'Path "(.*?)"(?:: Encountered| contained)', text, re.DOTALL):
         return OSError("obstore cannot read such keys") if is_one_object else InvalidKeyError(key[1])
     if isinstance(error, ValueError):  # of content that is too large, for example
         return error

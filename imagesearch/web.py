@@ -35,7 +35,12 @@ def open_url(url: str) -> Iterator[OpenedImage]:
             size = int(length) if length.isascii() and length.isdigit() else MAX_CONTENT_BYTES
             check_size(size)
             with content_memory.reserve(size):
-                yield opened_from_memory(query_name(url), _until(deadline, lambda: _read(response, deadline)))
+                try:
+                    content = _until(deadline, lambda: _read(response, deadline))
+                except ValueError:
+                    response.raw.shutdown()  # of the thread that may still read; closing would wait for it
+                    raise
+                yield opened_from_memory(query_name(url), content)
 
 
 def _until(deadline: float, function: Callable[[], Result]) -> Result:

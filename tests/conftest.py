@@ -1,10 +1,8 @@
 """The fixtures of all tests."""
 
 import hashlib
-import http.server
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.clip_model import build
-from tests.http_servers import Hub, Web
+from tests.http_servers import Hub, Web, serving
 from tests.pictures import Picture, averaging_model, image, png
 from tests.running import COUNTING, MANY, Scripts, environment
 from tests.server import FEWER, ROLES, ROOT, S3, Bucket, Cluster, Server, cluster, s3_server, unavailable
@@ -179,13 +177,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
     content = averaging_model(tmp_path / "hub.onnx").read_bytes()
     monkeypatch.setattr(Hub, "content", content)
     monkeypatch.setattr(Hub, "promised", hashlib.sha256(content).hexdigest())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield environment(tmp_path) | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
-        server.shutdown()
+    with serving(Hub) as port:
+        yield environment(tmp_path) | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "hf")}
 
 
 @pytest.fixture
@@ -209,12 +202,9 @@ def local_s3(local: Scripts, s3: S3) -> Scripts:
 @pytest.fixture(scope="session")
 @slow
 def web() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that give up
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://user:hunter2@127.0.0.1:{server.server_port}"
-        server.shutdown()
+    """A server of images that misbehaves, with credentials in its URL."""
+    with serving(Web) as port:
+        yield f"http://user:hunter2@127.0.0.1:{port}"
 
 
 @pytest.fixture

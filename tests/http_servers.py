@@ -1,12 +1,29 @@
 """HTTP servers that stand in for others, and misbehave."""
 
+import contextlib
+import gzip
 import http.client
 import http.server
+import ssl
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from tests.pictures import png
+
+
+@contextlib.contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler], context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Serves with `handler` on a port of this machine, which it yields; over https with a `context`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that give up
+        server.daemon_threads = True
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
@@ -94,10 +111,16 @@ Reply = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 def send(
-    handler: http.server.BaseHTTPRequestHandler, content: bytes, kind: str = "image/png", length: str = ""
+    handler: http.server.BaseHTTPRequestHandler,
+    content: bytes,
+    kind: str = "image/png",
+    length: str = "",
+    encoding: str = "",
 ) -> None:
     handler.send_response(200)
     handler.send_header("Content-Type", kind)
+    if encoding:
+        handler.send_header("Content-Encoding", encoding)
     handler.send_header("Content-Length", length or str(len(content)))
     handler.end_headers()
     handler.wfile.write(content)
@@ -118,18 +141,31 @@ def send_without_end(handler: http.server.BaseHTTPRequestHandler, total: int, pa
         time.sleep(pause)
 
 
+def drip(handler: http.server.BaseHTTPRequestHandler, start: bytes, drop: bytes) -> None:
+    """Sends something every half a second, for 20 seconds."""
+    handler.wfile.write(start)
+    for _ in range(40):
+        handler.wfile.write(drop)
+        handler.wfile.flush()
+        time.sleep(0.5)
+
+
 REPLIES: dict[str, Reply] = {
     "/a.png": lambda handler: send(handler, png(1)),
     "/moved": lambda handler: redirect(handler, "/a.png"),
     "/loop": lambda handler: redirect(handler, "/loop"),
-    "/elsewhere": lambda handler: redirect(handler, "https://user:hunter2@example.com/a.png?key=hunter2"),
     "/file": lambda handler: redirect(handler, "file:///etc/passwd"),
     "/short": lambda handler: send(handler, png(1)[:50], length="5000"),
     "/large": lambda handler: send(handler, b"x", length=str(10**9)),
     "/page": lambda handler: send(handler, b"<html>Not found</html>", "text/html"),
     "/gigabyte": lambda handler: send_without_end(handler, 10**9, 0),
     "/stalls": lambda handler: time.sleep(60),
-    "/drips": lambda handler: send_without_end(handler, 10**8, 1),
+    "/drips": lambda handler: send_without_end(handler, 10**8, 0.3),
+    "/drips-headers": lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\n", b"X-Header: 1\r\n"),
+    "/continues": lambda handler: drip(handler, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "/drips-sizes": lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+    "/odd-length": lambda handler: send(handler, bytes(4_000_000), length="\xb2"),
+    "/gzip": lambda handler: send(handler, gzip.compress(png(1)), encoding="gzip"),
 }
 
 

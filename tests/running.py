@@ -206,3 +206,8 @@ def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:
         found = index.get_file_metadata(list(ids))
         vectors = index.find_embeddings([metadata.sha256 for metadata in found.values()])
         return {ids[id_]: vectors[metadata.sha256].tobytes() for id_, metadata in found.items()}
+
+
+def hits(scripts: Scripts, query: object, *arguments: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = scripts.search(query, *arguments)[0]["hits"]["hits"]
+    return found

@@ -40,7 +40,7 @@ def test_a_mistyped_class_names_the_nearest(scripts: Scripts, picture: Picture) 
         picture(f"images/{('Bald_Eagle', 'Golden_Eagle', 'Osprey')[number % 3]}/{number}.png", seed=number)
     scripts.create()
     done = scripts.run("search.py", "images/Osprey/2.png", "--desc", "bald_eagel")
-    assert done.returncode == 0
+    assert done.returncode == 1
     nearest = "has no image of class bald_eagel among its 3 classes; did you mean Bald_Eagle"
     assert f"The index {scripts.index} {nearest}" in done.stderr
 
@@ -72,7 +72,7 @@ def test_progress_fits_the_terminal(columns: int, bar: bool, local: Scripts, pic
     (local.folder / "images" / "bad.png").write_bytes(b"no image")
     lines = on_a_terminal(local, columns, "--db", "x.db")
     states = [line for line in lines if re.search(r"\d+/31", line)]
-    assert states and "31/31, 1 bad" in states[-1]
+    assert states and "31/31, 1 unreadable" in states[-1]
     assert all(len(line) < columns for line in states)
     assert any("|" in line for line in states) == bar
 
