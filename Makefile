@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo 'make demo       index and search a sample set of pictures, in build/demo'
 	@echo 'make test       run the tests, with real servers (needs Maven and a JDK 17 or newer; PYTEST="…" for options)'
-	@echo 'make test-fast  run the tests that need no server, in less than a minute'
+	@echo 'make test-fast  run the tests that need no server, in half a minute'
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
 	@echo 'make neighbors  measure recall and indexing speed on a real Elasticsearch, and write build/neighbors.md'
@@ -51,9 +51,11 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Python could not make $(VENV) (Debian: apt-get install python3-venv)'; exit 1; }
 
 $(VENV)/installed: $(VENV)/bin/python requirements.txt
+	@echo 'Installing the dependencies into $(VENV); this takes some minutes'
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python requirements.txt requirements-dev.txt
+	@echo 'Installing the dependencies of the tests into $(VENV); this takes some minutes'
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/installed

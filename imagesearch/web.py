@@ -38,7 +38,8 @@ def open_url(url: str) -> Iterator[OpenedImage]:
                 try:
                     content = _until(deadline, lambda: _read(response, deadline))
                 except ValueError:
-                    response.raw.shutdown()  # of the thread that may still read; closing would wait for it
+                    with contextlib.suppress(RuntimeError, OSError):  # it has ended
+                        response.raw.shutdown()  # for the thread that may still read; closing would wait for it
                     raise
                 yield opened_from_memory(query_name(url), content)
 

@@ -95,7 +95,7 @@ def test_the_rewrite_leaves_every_integer_the_same_on_any_cpu(seed: int, tmp_pat
     assert rewritten
     images = random.standard_normal((2, 3, 224, 224)).astype(np.float32)
     before, after = (
-        list(ReferenceEvaluator(loaded(model)).run(None, {"pixel_values": images}))  # type: ignore[arg-type]
+        list(ReferenceEvaluator(loaded(model)).run(None, {"pixel_values": images}))
         for model in ((tmp_path / "model.onnx").read_bytes(), rewritten)
     )
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))

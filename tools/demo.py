@@ -16,7 +16,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from imagesearch.errors import UsageError
-from imagesearch.paths import quote_path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
@@ -34,7 +33,7 @@ def main() -> None:
     found = sum(desc == Path(query).stem.split("-")[0] for query, desc in zip(queries, nearest, strict=True))
     print(f"\n{found} of {len(queries)} held-out digits found one of their own class nearest, with --model {model}.")
     run("search.py", "-k", "12", "--html", "results.html", *queries[:SHOWN])
-    print(f"Look at {quote_path(os.path.relpath(FOLDER / 'results.html'))}, then put your own pictures into images/.")
+    print(f"Look at {(FOLDER / 'results.html').as_uri()}, then put your own pictures into images/.")
 
 
 def write_digits() -> list[str]:
@@ -68,7 +67,7 @@ def choose_model() -> str:
 def run(script: str, *arguments: str) -> str:
     """Runs a script in the demo's folder, on the local index, and shows the command; returns its stdout."""
     few = [*arguments[:5], "…"] if len(arguments) > 5 else arguments
-    print("$ python3", script, *few, flush=True)
+    print("\n$ cd build/demo; python3", f"../../{script}", *few, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "ES_URL"}
     command = [sys.executable, str(ROOT / script), *arguments]
     done = subprocess.run(command, cwd=FOLDER, env=environment, stdout=subprocess.PIPE, text=True, check=False)
