@@ -6,7 +6,7 @@ from imagesearch.start import run
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 
 from imagesearch import cli
 from imagesearch.documents import Candidate, ImageFile, IndexMetadata
@@ -16,9 +16,9 @@ from imagesearch.index import WritableIndex, open_writable_index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
 from imagesearch.parallel import batch_until_error
-from imagesearch.paths import BUCKET_URL, index_folder, path_to_text, quote_path
+from imagesearch.paths import index_folder, path_to_text, quote_path
 from imagesearch.progress import Progress
-from imagesearch.prune import check_prune, prune
+from imagesearch.prune import check_folder, check_prune, prune
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import RetryPolicy
 from imagesearch.sources import Part, Source, open_source
@@ -57,9 +57,7 @@ def main() -> int:
                     progress.deleted += deleted
                 index.refresh()
         say_what_is_left(index, source, interrupt, progress, arguments)
-    if interrupt.signal:
-        return 128 + interrupt.signal
-    return 1 if progress.unreadable else 0
+    return 128 + interrupt.signal if interrupt.signal else int(progress.unreadable > 0)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,14 +85,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--part",
         metavar="I/N",
-        type=part,
+        type=Part.parse,
         default=Part(),
         help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
     )
     parser.add_argument(
         "--retry-timeout",
         metavar="SECONDS",
-        type=seconds,
+        type=cli.seconds,
         default=120,
         help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; not"
         " at its start (default: 120)",
@@ -115,12 +113,7 @@ def check_source(
     """Raises UsageError if there are no images, or if --prune might delete what it should not."""
     source.check()
     if arguments.prune and metadata:
-        is_relative = not (os.path.isabs(arguments.images) or BUCKET_URL.match(arguments.images))
-        if is_relative and index_folder(metadata.folder) != os.path.realpath(os.curdir):
-            raise UsageError(
-                f"The paths in the index {arguments.index} are relative to {quote_path(metadata.folder)}:"
-                " run --prune there, or use --images with an absolute path."
-            )
+        check_folder(metadata, arguments.images)
         if not arguments.prune_all:
             check_prune(index, source)
     if next(source.find_images(), None) is None and not (arguments.prune_all and metadata):
@@ -147,6 +140,8 @@ def prepare_index(index: WritableIndex, metadata: IndexMetadata | None, argument
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
     cli.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+    if arguments.part.count > 1 and not os.environ.get("ES_URL"):
+        cli.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     return model
 
 
@@ -181,22 +176,6 @@ def say_what_is_left(
         gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
         if gone > 0:
             cli.say(f"The files of {gone:,} documents are gone; --prune deletes the documents.")
-
-
-def part(text: str) -> Part:
-    """Returns the part of the images that ``--part`` names."""
-    try:
-        return Part.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def seconds(text: str) -> float:
-    """Returns the number of seconds of ``--retry-timeout``."""
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError("must be a number of seconds")
 
 
 if __name__ == "__main__":

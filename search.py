@@ -18,12 +18,12 @@ from typing import Any
 
 from imagesearch import cli
 from imagesearch.documents import IndexMetadata, ModelInfo, Unreadable
-from imagesearch.embed import Query, embed_queries
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
 from imagesearch.paths import path_to_text, query_name, quote_path
+from imagesearch.queries import Query, embed_queries
 from imagesearch.results_page import Page, check_page_path
 from imagesearch.sources import open_query
 

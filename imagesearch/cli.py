@@ -83,6 +83,14 @@ def database(text: str) -> Path:
     return Path(text)
 
 
+def seconds(text: str) -> float:
+    """Returns a number of seconds."""
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError("must be a number of seconds")
+
+
 def connect(arguments: argparse.Namespace) -> "Connection | None":
     """Returns the connection that the environment and the options name, None for the local index file.
 

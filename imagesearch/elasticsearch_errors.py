@@ -19,6 +19,8 @@ PRIVILEGES_HINT = (
     " search.py needs read and view_index_metadata."
 )
 
+CONNECTION_HINT = "Check ES_URL and that the server is running."
+
 SIZE_HINT = "raise the limit of the proxy in front of Elasticsearch"
 
 # OpenSSL's codes, of X509_verify_cert(3)
@@ -114,7 +116,9 @@ def parse_response(response: requests.Response, host: str, connection: Connectio
             f"answered HTTP {response.status_code} with {response.headers.get('Content-Type', 'no content type')}"
         )
         if is_retryable(response.status_code, None):  # of a proxy that does not reach it
-            raise RetryableError(f"{host} {behavior}", "Check ES_URL and that the server is running.")
+            raise RetryableError(
+                f"no answer from Elasticsearch ({host} {behavior})", "Check ES_URL and that the server is running."
+            )
         raise _not_elasticsearch(host, behavior)
     if is_retryable(response.status_code, body.get("error")):
         raise RetryableError(error_reason(body))
@@ -137,7 +141,7 @@ def connection_error(error: Exception, connection: Connection, host: str = "") -
             f"The certificate of {host} cannot be verified ({cause.verify_message.rstrip('.')}):"
             f" {_certificate_hint(cause, connection)}"
         )
-    advice = "Check ES_URL and that the server is running."
+    advice = CONNECTION_HINT
     if isinstance(cause, ssl.SSLError):
         advice = "If that port does not use TLS, ES_URL must begin with http://."
     elif host.startswith("http:") and isinstance(cause, RemoteDisconnected | ConnectionResetError):

@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,11 +17,10 @@ from imagesearch.index import Index
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered, split
 from imagesearch.report import Report
-from imagesearch.sources import OpenQuery, Source, is_file
+from imagesearch.sources import Source
 
 CHUNK_SIZE = 16  # images that are opened and looked up together
 CHUNK_BYTES = 64_000_000  # of their contents; a larger image is a chunk of its own
-QUERY_READERS = 16  # threads that open queries; most of a download is waiting
 RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the index may not find yet
 
 
@@ -149,45 +148,3 @@ class Embedder:
         if not (np.isfinite(length) and length > 0):
             raise ValueError("the model gives it no usable embedding (zero, or not finite)")
         return embedding
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """An image to search for, with its embedding or the reason why there is none."""
-
-    name: str
-    embedding: Embedding | Unreadable
-
-
-def embed_queries(
-    queries: Iterable[str], open_query: OpenQuery, get_model: Callable[[], Model], index: Index
-) -> Generator[Query, None, None]:
-    """Yields each query with its embedding, in order.
-
-    That of content that the index has is copied; `get_model` is called if there is other content.
-    """
-    embedder = Embedder(get_model, index, available_cpus())
-
-    def embed_chunk(chunk: Sequence[str]) -> list[Query]:
-        with contextlib.ExitStack() as stack:
-            opened = [_open(query, open_query, stack) for query in chunk]
-            known = embedder.find_known(opened)
-            with embedder.cpu:
-                return [
-                    Query(query, image if isinstance(image, Unreadable) else embedder.embed(image, known))
-                    for query, image in zip(chunk, opened, strict=True)
-                ]
-
-    # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
-    size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // QUERY_READERS))
-    chunks = split(queries, size, QUERY_READERS, lambda query: 0 if is_file(query) else 1)
-    with ThreadPoolExecutor(QUERY_READERS) as pool:
-        for embedded in map_buffered(pool, embed_chunk, chunks, QUERY_READERS + 1):
-            yield from embedded
-
-
-def _open(query: str, open_query: OpenQuery, stack: contextlib.ExitStack) -> OpenedImage | Unreadable:
-    try:
-        return stack.enter_context(open_query(query))
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
-        return Unreadable(query, describe_error(error))

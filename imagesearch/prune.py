@@ -1,13 +1,14 @@
 """Deleting the documents whose files are gone."""
 
 import itertools
+import os
 from collections.abc import Iterator
 
-from imagesearch.documents import OpenedImage, document_id
+from imagesearch.documents import IndexMetadata, OpenedImage, document_id
 from imagesearch.errors import UsageError
 from imagesearch.index import WritableIndex
 from imagesearch.parallel import batch_until_error
-from imagesearch.paths import quote_path
+from imagesearch.paths import BUCKET_URL, index_folder, quote_path
 from imagesearch.sources import Part, Source
 
 BATCH_SIZE = 1000  # documents that are deleted together
@@ -19,6 +20,16 @@ def prune(index: WritableIndex, source: Source, part: Part) -> Iterator[int]:
     paths = (path for path in index.list_paths(source.name) if part.contains(document_id(path)))
     for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
         yield index.delete([document_id(path) for path in gone])
+
+
+def check_folder(metadata: IndexMetadata, location: str) -> None:
+    """Raises UsageError if `location`, a relative path, is another folder than the one of that path in the index."""
+    is_relative = not (os.path.isabs(location) or BUCKET_URL.match(location))
+    if is_relative and index_folder(metadata.folder) != os.path.realpath(os.curdir):
+        raise UsageError(
+            f"The paths in the index are relative to {quote_path(metadata.folder)}: run --prune there, or use --images"
+            " with an absolute path."
+        )
 
 
 def check_prune(index: WritableIndex, source: Source) -> None:

@@ -1,5 +1,6 @@
 """The contract of a source of images, and which one is used: a folder or a bucket, for queries also others."""
 
+import argparse
 import contextlib
 import re
 import sys
@@ -56,10 +57,10 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns a part such as 2/5. Raises ValueError."""
+        """Returns a part such as 2/5, the value of ``--part``."""
         match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
         if not match or int(match[1]) > int(match[2]):
-            raise ValueError("must be I/N with I from 1 to N, for example 2/5")
+            raise argparse.ArgumentTypeError("must be I/N with I from 1 to N, for example 2/5")
         return cls(int(match[1]), int(match[2]))
 
     def contains(self, id_: str) -> bool:

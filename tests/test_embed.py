@@ -25,12 +25,13 @@ from imagesearch.documents import (
     ModelInfo,
     Unreadable,
 )
-from imagesearch.embed import Embedder, embed_images, embed_queries
+from imagesearch.embed import Embedder, embed_images
 from imagesearch.errors import ImageSearchError
 from imagesearch.folder import FolderSource, open_file
 from imagesearch.images import image_extensions
 from imagesearch.models import Model, Thumbnail
 from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, map_buffered, split
+from imagesearch.queries import embed_queries
 from imagesearch.sources import Source, open_query
 from tests.pictures import image
 

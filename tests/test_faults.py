@@ -36,7 +36,7 @@ from tests.running import (
     read_until,
     rows,
     scripts_on,
-    wait_for_first_line,
+    wait_for_start,
     wait_until,
 )
 from tests.server import ROOT, Cluster, Server
@@ -234,8 +234,14 @@ def test_what_is_not_elasticsearch_is_reported_in_one_line(kind: str, local: Scr
         url = f"http://admin:hunter2@127.0.0.1:{stranger.server_port}/{kind}"
         for arguments in (("create.py", "--model", "thumbnail"), ("search.py", path)):
             done = local.run(*arguments, ES_URL=url)
-            assert done.returncode == 2
-            message = r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n"
+            if kind == "gateway":
+                assert done.returncode == 1
+                message = (
+                    r"\w+\.py: No answer from Elasticsearch \(\S+ answered HTTP 502 with text/html\)\. Check ES_URL.*\n"
+                )
+            else:
+                assert done.returncode == 2
+                message = r"\w+\.py: \S+ is not Elasticsearch, .* Check ES_URL\.\n"
             assert re.fullmatch(message, done.stderr), done.stderr
             assert "hunter2" not in done.stderr
         stranger.shutdown()
@@ -262,7 +268,7 @@ def test_an_index_that_is_deleted_during_a_run_does_not_come_back_with_a_guessed
     server.request("DELETE", scripts.index)
     code, stderr = end(process)
     assert code == 1, stderr
-    assert re.search(rf"create.py: The index {scripts.index} was deleted during the run. Run the command again", stderr)
+    assert re.search(rf"create.py: The index {scripts.index} was deleted during the run, with all that was", stderr)
     assert server.request("GET", f"{scripts.index}?ignore_unavailable=true") == {}
     assert counts(scripts.create())["new"] == MANY
 
@@ -280,7 +286,7 @@ def test_an_index_that_is_replaced_during_a_run_ends_it(
         server.request("PUT", scripts.index, {"mappings": mappings})
     code, stderr = end(process)
     assert code == 1, stderr
-    assert "was deleted during the run" in stderr or "now points to another index" in stderr
+    assert "was deleted during the run" in stderr or "no longer points to the index" in stderr
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.6])
@@ -317,14 +323,14 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scrip
         for stale in local.folder.glob("new.db*"):
             stale.unlink()
         process = local.start(script, *arguments)
-        wait_for_first_line(process)
+        wait_for_start(process)
         time.sleep(0.6 * chance.random())
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
         assert "Traceback" not in stderr and "KeyboardInterrupt" not in stderr, stderr
         codes.append(process.returncode)
     assert set(codes) <= {0, 130, -signal.SIGINT}, codes  # the last one, during the imports, is 130 in a shell too
-    assert 130 in codes
+    assert {130, -signal.SIGINT} & set(codes)
 
 
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -440,7 +446,7 @@ def test_a_file_that_is_not_an_index_is_refused_and_left_alone(
     path.write_bytes(content)
     done = local.run("search.py", "images/a.png")
     for stderr in (local.create(code=2), done.stderr):
-        assert "is not an SQLite file, or is damaged" in stderr.splitlines()[1] and stderr.count("\n") == 2
+        assert "is not an SQLite file, or is damaged" in stderr and stderr.count("\n") == 1
     assert done.returncode == 2
     assert path.read_bytes() == content
 

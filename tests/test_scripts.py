@@ -198,20 +198,42 @@ def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, bir
     assert "--model FILE" in stderr and "--model thumbnail --index tryout" in stderr
 
 
-def test_without_es_url_a_line_says_which_file_and_how_to_use_elasticsearch(local: Scripts, birds: list[Path]) -> None:
-    line = f"Using the local index file {local.folder}/imagesearch.db. To use Elasticsearch, set ES_URL="
-    for output in (local.create(), local.run("search.py", birds[0]).stderr):
-        assert output.startswith(line)
-    assert local.create("--db", "other.db").startswith(f"Using the local index file {local.folder}/other.db.")
-    assert "Using" not in local.create("--db", "other.db")  # the choice is explicit, and the file is there
-    assert not list(local.folder.glob("*-wal"))  # one file, if nobody has it open
+def test_a_line_says_which_index_and_model_are_used(scripts: Scripts, birds: list[Path]) -> None:
+    where = r"https://localhost:\d+" if "ES_URL" in scripts.environment else "imagesearch.db"
+    line = rf"Index {scripts.index} in {where}, made with the model thumbnail \(a baseline, not CLIP\)\.\n"
+    assert re.match(line, scripts.create())
+    assert re.match(line, scripts.create())
+    assert scripts.run("search.py", birds[0]).stderr == ""  # it is for terminals
+
+
+def test_db_is_refused_beside_es_url(elastic: Scripts, birds: list[Path]) -> None:
+    for arguments in (("create.py", "--model", "thumbnail"), ("search.py", birds[0])):
+        done = elastic.run(*arguments, "--db", "x.db")  # type: ignore[arg-type]
+        assert done.returncode == 2 and "unset ES_URL, or leave out --db" in done.stderr
+
+
+def test_a_local_index_is_one_file(local: Scripts, birds: list[Path]) -> None:
+    local.create("--db", "other.db")
+    assert [path.name for path in local.folder.glob("*.db*")] == ["other.db"]
+
+
+def test_the_indexes_that_there_are_are_named_if_another_is_asked_for(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    made, scripts.index = scripts.index, "other"
+    done = scripts.run("search.py", birds[0])
+    assert done.returncode == 2
+    assert (
+        f"There is no index other in {'https' if 'ES_URL' in scripts.environment else 'imagesearch.db'}" in done.stderr
+    )
+    assert f"{made} (thumbnail)" in done.stderr
+    scripts.index = made
 
 
 def test_no_images_is_reported_in_one_line(local: Scripts) -> None:
     assert "./images: No such file or directory. Put your images there" in local.create(code=2)
     (local.folder / "images").mkdir()
     (local.folder / "images" / "notes.txt").write_text("no image")
-    assert local.create(code=2).splitlines()[1].startswith("create.py: There are no images below ./images.")
+    assert local.create(code=2).startswith("create.py: There are no images below ./images.")
     assert not (local.folder / "imagesearch.db").exists()
 
 
@@ -239,7 +261,7 @@ def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], local: Scripts
     done = local.run(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert re.fullmatch(rf"(Using .*\n)?{arguments[0]}: .+\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"(Index .*\n)?{arguments[0]}: .+\n", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize("name", ["Images", "a b", "-a", "_a", ".a", "..", "a/b", "a*", "a,b", "a#", "", "x" * 256])
@@ -284,7 +306,7 @@ def test_results_that_cannot_be_written_are_said_in_a_line(local: Scripts, birds
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == ["search.py: the results cannot be written: No space left on device."]
+    assert done.stderr.splitlines() == ["search.py: the results cannot be written: No space left on device."]
 
 
 def test_a_terminal_shows_a_bar(local: Scripts, birds: list[Path]) -> None:
