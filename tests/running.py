@@ -51,6 +51,12 @@ class Scripts:
         assert "Traceback" not in stderr, stderr
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
+    def shell(self, command: str) -> "subprocess.CompletedProcess[str]":
+        """Runs a command line with bash."""
+        return subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+
     def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
         """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
         model = () if "--model" in arguments else ("--model", "thumbnail")

@@ -14,9 +14,9 @@ from typing import ClassVar
 import pytest
 
 from imagesearch.content import MAX_CONTENT_BYTES
-from tests.http_servers import Answering
+from tests.http_servers import Answering, serving
 from tests.pictures import png
-from tests.running import Scripts, counts, end, hits, read_until, rows, summary, wait_until
+from tests.running import Scripts, counts, end, hits, maps, read_until, rows, summary, wait_until
 from tests.server import S3, Bucket, s3_server
 
 SLOW_SECONDS = 33  # longer than obstore's own limit of 30 seconds for a request
@@ -380,3 +380,23 @@ def test_slashes_around_a_prefix_change_nothing(local_s3: Scripts, bucket: Bucke
     assert counts(local_s3.create("--images", f"{bucket.url}/photos")) == {"new": 2}
     bucket.delete("photos/b.png")
     assert counts(local_s3.create("--images", f"{bucket.url}//photos/", "--prune")) == {"unchanged": 1, "deleted": 1}
+
+
+class Hanging(Answering):
+    """A store that takes requests and says nothing."""
+
+    def answer(self) -> None:
+        time.sleep(60)
+
+
+def test_ctrl_c_ends_a_listing_that_hangs_at_the_start(local_s3: Scripts, bucket: Bucket) -> None:
+    """obstore waits in Rust, where Python's signal handlers do not run. During a run: tests/test_retry.py."""
+    with serving(Hanging) as port:
+        local_s3.environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+        process = local_s3.start("create.py", "--model", "thumbnail", "--images", bucket.url)
+        wait_until(lambda: "obstore" in maps(process.pid))
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT
+        assert time.monotonic() - started < 3

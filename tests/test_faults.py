@@ -366,6 +366,22 @@ def test_a_second_ctrl_c_ends_at_once(fragile_server: Cluster, many_images: Path
         os.killpg(fragile_server.nodes[0].process.pid, signal.SIGCONT)
 
 
+def test_a_doubled_signal_is_one(local: Scripts, many_images: Path) -> None:
+    """GNU `timeout`, and wrappers that forward Ctrl-C, signal a process and its group at once."""
+    local.folder, home = many_images, local.folder
+    process = local.start("create.py", "--model", "thumbnail", "--db", home / "index.db")
+    wait_until(lambda: process.poll() is not None or rows(home / "index.db") > 0)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+    code, stderr = end(process)
+    if code == 0:
+        pytest.skip("this machine was done before it could be interrupted")
+    assert code == 130, stderr
+    assert stderr.count("Interrupted") == 1
+    assert counts(stderr)["new"] == rows(home / "index.db")
+    assert "Run the command again to continue" in stderr
+
+
 def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts, many_images: Path) -> None:
     """As with `2>&1 | tee log`, which the same Ctrl-C ends first."""
     local.folder, home = many_images, local.folder

@@ -290,3 +290,34 @@ def test_the_page_finds_the_pictures_from_another_folder(local: Scripts, picture
     html = (local.folder / "page.html").read_text()
     assert html.count("<img") == 2
     assert 'href="../images/a.png"' in html
+
+
+def test_the_page_leaves_other_files_alone(local: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    local.create()
+    (local.folder / "target").mkdir()
+    backup = local.folder / "target" / "results.html.backup.tmp"
+    backup.write_text("mine")
+    os.utime(backup, (0, 0))
+    (local.folder / "link.html").symlink_to("target/results.html")
+    done = local.run("search.py", path, "--html", "link.html")
+    assert done.returncode == 0 and "The page of results is link.html." in done.stderr
+    assert (local.folder / "link.html").is_symlink() and (local.folder / "target" / "results.html").is_file()
+    assert backup.read_text() == "mine"
+    other = local.folder / "other.html"
+    other.write_text("<!DOCTYPE html><title>My page</title>")
+    assert "is not a page of results" in local.run("search.py", path, "--html", other).stderr
+    assert local.run("search.py", path, "--html", "link.html").returncode == 0  # our own is overwritten
+
+
+def test_the_page_says_what_was_searched(local: Scripts, picture: Picture) -> None:
+    paths = [picture(f"images/Osprey/{number}.png", seed=number) for number in range(3)]
+    other = picture("other.png", seed=77)
+    local.create()
+    local.run("search.py", *paths[:1], "--html", "one.html")
+    page = (local.folder / "one.html").read_text()
+    assert f"Index {local.index}, made with the model thumbnail (a baseline, not CLIP)" in page
+    assert "The nearest image; a score of 1" in page and ">1.0000</span>" in page
+    local.run("search.py", other, "--html", "none.html", "--min-score", "0.9999", "--desc", "Osprey")
+    page = (local.folder / "none.html").read_text()
+    assert "No image of class Osprey with a score of at least 0.9999" in page

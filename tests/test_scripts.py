@@ -208,7 +208,7 @@ def test_a_line_says_which_index_and_model_are_used(scripts: Scripts, birds: lis
 
 def test_db_is_refused_beside_es_url(elastic: Scripts, birds: list[Path]) -> None:
     for arguments in (("create.py", "--model", "thumbnail"), ("search.py", birds[0])):
-        done = elastic.run(*arguments, "--db", "x.db")  # type: ignore[arg-type]
+        done = elastic.run(*arguments, "--db", "x.db")
         assert done.returncode == 2 and "unset ES_URL, or leave out --db" in done.stderr
 
 
@@ -504,3 +504,124 @@ def test_min_score_keeps_what_the_printed_score_says(scripts: Scripts, picture: 
     for path, response in zip(paths[:3], scripts.search(*paths[:3], "-k", 9), strict=True):
         score = response["hits"]["hits"][5]["_score"]
         assert len(scripts.search(path, "-k", 9, "--min-score", score)[0]["hits"]["hits"]) >= 6
+
+
+def test_an_indexed_picture_is_searched_without_the_model(scripts: Scripts, birds: list[Path]) -> None:
+    """Its content is looked up, wherever it is; only other pictures need the model."""
+    model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
+    scripts.create("--model", model)
+    before = scripts.search(*birds[:5], "-k", 3)
+    (scripts.folder / "elsewhere.png").write_bytes(birds[0].read_bytes())
+    model.rename(scripts.folder / "moved.onnx")
+    names = scripts.folder / "names.txt"
+    names.write_text("\n".join(["elsewhere.png", *map(str, birds[1:5])]))
+    after = scripts.search(f"@{names}", "-k", 3)
+    assert [response["hits"] for response in after] == [response["hits"] for response in before]
+    Image.new("RGB", (9, 9), "red").save(scripts.folder / "new.png")
+    done = scripts.run("search.py", "new.png")
+    assert done.returncode == 2 and "use --model FILE to say where it is now" in done.stderr
+    assert scripts.run("search.py", birds[0], "--model", "thumbnail").returncode == 2  # still checked
+
+
+def test_names_are_taken_as_users_write_them(local: Scripts, birds: list[Path]) -> None:
+    local.create("--images", f"file://{local.folder}/images")
+    assert "" not in local.paths() and len(local.paths()) == 31
+    local.environment["HOME"] = str(local.folder)
+    assert counts(local.create("--images", "~/images")) == {"unchanged": 31}
+    for query in (f"file://{birds[0]}", "~/images/Bald_Eagle/0.png"):
+        done = local.run("search.py", query)
+        assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    done = local.run("search.py", birds[0], "-k", 2, birds[1], "--desc", "Osprey")  # options between images
+    assert done.returncode == 0 and done.stdout.count("\n") == 2
+    done = local.run("search.py", "images")
+    assert done.returncode == 1 and "Cannot read images: is a folder" in done.stderr
+
+
+def test_a_folder_without_its_option_is_proposed(local: Scripts) -> None:
+    done = local.run("create.py", "my", "photos")
+    assert done.returncode == 2
+    assert "unrecognized arguments: 'my photos'; to index a folder or bucket, use --images 'my photos'" in done.stderr
+    (local.folder / "a.jpg").touch()
+    assert "./a.jpg is a file; --images takes a folder or a bucket" in local.create("--images", "a.jpg", code=2)
+
+
+def test_files_that_are_gone_are_mentioned(scripts: Scripts, birds: list[Path]) -> None:
+    scripts.create()
+    for path in birds[:3]:
+        path.unlink()
+    gone = "The files of 3 documents are gone; --prune deletes the documents."
+    assert gone in scripts.create()
+    assert gone not in scripts.create("--part", "1/2")
+    assert gone not in scripts.create("--prune") and "gone" not in scripts.create()
+
+
+@pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
+def test_messages_that_cannot_be_written_are_dropped(closing: str, local: Scripts, birds: list[Path]) -> None:
+    script = f"{sys.executable} {ROOT}/create.py --model thumbnail {closing}"
+    search = f"{sys.executable} {ROOT}/search.py missing.png {birds[0]} {closing}"
+    for command, code, lines in ((script, 0, 0), (search, 1, 2)):
+        done = local.shell(command)
+        assert done.returncode == code
+        assert len([json.loads(line) for line in done.stdout.splitlines()]) == lines
+
+
+def test_standard_streams_that_are_closed_are_errors_where_they_matter(local: Scripts, birds: list[Path]) -> None:
+    local.create()
+    search = f"{sys.executable} {ROOT}/search.py --index {local.index}"
+    for command, message in (
+        (f"{search} - <&-", "Cannot read 'standard input': it is empty"),
+        (f"{search} {birds[0]} >&-", "the results cannot be written: Bad file descriptor"),
+    ):
+        done = local.shell(command)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_a_terminal_shows_each_hit_in_a_line(local: Scripts, birds: list[Path]) -> None:
+    local.create()
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "search.py"), str(birds[0]), "missing.png", "--index", local.index]
+    shown = b""
+    with subprocess.Popen(command, cwd=local.folder, env=local.environment, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # the other end has been closed
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    lines = shown.decode().splitlines()
+    assert lines[0].startswith(f"Index {local.index} in imagesearch.db, made with the model thumbnail")
+    assert lines[2] == "1.0000000  Bald_Eagle  ./images/Bald_Eagle/0.png"
+    assert shown.count(b"Cannot read missing.png") == 1
+
+
+def test_names_in_the_json_are_as_they_are(local: Scripts, picture: Picture) -> None:
+    picture("images/Vögel/Kohlmeise.png")
+    local.create()
+    assert "./images/Vögel/Kohlmeise.png" in local.run("search.py", "images/Vögel/Kohlmeise.png").stdout
+
+
+def test_a_class_that_differs_in_case_or_normal_form_is_proposed_alone(scripts: Scripts, picture: Picture) -> None:
+    for number, name in enumerate(["Vo\u0308gel", "Voegel", "Vogel"]):
+        picture(f"images/{name}/{number}.png", seed=number)
+    scripts.create()
+    done = scripts.run("search.py", "images/Vogel/2.png", "images/Vogel/2.png", "--desc", "v\u00f6gel")
+    assert done.returncode == 1
+    assert done.stderr.count("did you mean") == 1 and " or " not in done.stderr
+    assert "innermost folder" in done.stderr
+
+
+def test_folders_that_link_to_each_other_are_searched_once(local: Scripts, picture: Picture) -> None:
+    for name in "abcdefg":
+        picture(f"images/{name}/{name}.png")
+    for name in "abcdefg":
+        for other in set("abcdefg") - {name}:
+            (local.folder / "images" / name / other).symlink_to(f"../{other}")
+    assert counts(local.create()) == {"new": 7}
+    assert local.paths() == [f"./images/{name}/{name}.png" for name in "abcdefg"]
+
+
+def test_a_skipped_name_writes_nothing_to_the_terminal(local: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    for name in ("x.a \x1b]0;title\x07", "y.b\nz"):
+        (local.folder / "images" / name).touch()
+    stderr = local.create()
+    assert "\x1b" not in stderr and stderr.count("\n") == 2
