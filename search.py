@@ -51,7 +51,7 @@ class Result:
 
 def main() -> int:
     arguments = parse_arguments()
-    is_complete = True
+    code = 0
     with open_index(arguments.index, cli.connect(arguments), arguments.db) as index:
         metadata = get_metadata(index, arguments)
         page = open_page(index, metadata, arguments) if arguments.html else None
@@ -59,12 +59,12 @@ def main() -> int:
         queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
         for result in search_all(queries, index, arguments):
             cli.write_line(json.dumps(result.response, ensure_ascii=False))
-            is_complete &= explain(result)
+            code |= explain(result)
             if page:
                 page.add(result.query, result.response)
         if page and page.write():
             cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
-    return 0 if is_complete else 1
+    return code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,9 +150,15 @@ def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Names
 
     with ThreadPoolExecutor(index.max_searches) as pool:
         for result in map_buffered(pool, search, queries, 2 * index.max_searches):
-            if "hits" in result.response and not result.response["hits"]["hits"]:
+            if is_complete(result) and not result.response["hits"]["hits"]:
                 check_class(index, arguments)
             yield result
+
+
+def is_complete(result: Result) -> bool:
+    """Returns True if the query could be read and all shards have answered."""
+    response = result.response
+    return "hits" in response and not response["_shards"]["failed"] and not response["timed_out"]
 
 
 def check_class(index: Index, arguments: argparse.Namespace) -> None:
@@ -179,20 +185,19 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def explain(result: Result) -> bool:
-    """Tells the user what the JSON does not show at a glance; returns False if the query was not answered in full."""
+def explain(result: Result) -> int:
+    """Tells the user what the JSON does not show at a glance; returns the exit code: 1 if it was not answered in full."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # where it stands already
             cli.say(result.response["error"]["reason"])
-        return False
+        return 1
     if sys.stdout.isatty():
         for hit in result.response["hits"]["hits"]:
             fields = hit["fields"]
             cli.say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
-    if result.response["_shards"]["failed"] or result.response["timed_out"]:
+    if not is_complete(result):
         cli.say("Warning: some shards failed or timed out; there may be nearer images.")
-        return False
-    return True
+    return 0 if is_complete(result) else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 16.0
+INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 8.0
 POLL_SECONDS = 0.1
 SILENCE_SECONDS = 5  # without an answer, before the user is told
 

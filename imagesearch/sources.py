@@ -11,6 +11,7 @@ from typing import Protocol, Self
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, opened_from_memory
 from imagesearch.documents import ImageFile, OpenedImage, Unreadable
+from imagesearch.errors import UsageError
 from imagesearch.paths import BUCKET_URL, HTTP_URL, local_path
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import NO_RETRY, RetryPolicy
@@ -74,6 +75,8 @@ def open_source(location: str, folder: str, retry: RetryPolicy) -> Source:
     `folder` is the absolute path that the index's relative paths are relative to. Reading a bucket is
     retried by `retry`.
     """
+    if not location:
+        raise UsageError("--images is empty: it takes a folder or the URL of a bucket.")
     if BUCKET_URL.match(location):
         from imagesearch.bucket import BucketSource
 

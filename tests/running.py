@@ -29,12 +29,16 @@ class Scripts:
 
     folder: Path
     environment: dict[str, str]
+    leaves_out_db: bool = True
     index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
 
     def start(
         self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
     ) -> "subprocess.Popen[str]":
-        """Starts a script; its output is text, on pipes."""
+        """Starts a script; its output is text, on pipes. ``--db`` is left out where the index is on Elasticsearch."""
+        if self.leaves_out_db and "ES_URL" in self.environment | environment and "--db" in arguments:
+            place = arguments.index("--db")
+            arguments = arguments[:place] + arguments[place + 2 :]
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *map(str, arguments), "--index", self.index],
             cwd=self.folder,

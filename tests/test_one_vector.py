@@ -99,7 +99,7 @@ import os, signal
 import imagesearch.clip as clip, imagesearch.elasticsearch_index as e, imagesearch.embed as m
 import imagesearch.sqlite_index as s
 e.BULK_SIZE = s.TRANSACTION_SIZE = 4
-m.READERS_PER_CPU = m.BUFFER_PER_CPU = 1
+m.CHUNK_SIZE = 1
 embed, calls = clip.Clip.embed, []
 def interrupting(self, pixels):
     calls.append(1)
