@@ -186,7 +186,7 @@ def comparable(name: str) -> str:
 
 
 def explain(result: Result) -> int:
-    """Tells the user what the JSON does not show at a glance; returns the exit code: 1 if it was not answered in full."""
+    """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # where it stands already
             cli.say(result.response["error"]["reason"])
