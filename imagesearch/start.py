@@ -49,6 +49,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 _open_standard_streams()
+sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # of JSON, anywhere
 if importlib.util.find_spec("imgbeddings") is None:
     say("The dependencies are not installed: run pip install -r requirements.txt, or source .venv/bin/activate.")
     sys.exit(UsageError.exit_code)
