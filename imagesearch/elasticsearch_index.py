@@ -76,7 +76,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
         self._client = Elasticsearch(
             list(connection.hosts),
             headers=connection.headers,
-            request_timeout=REQUEST_TIMEOUT_SECONDS,
+            request_timeout=retry.request_timeout(REQUEST_TIMEOUT_SECONDS),
             serializer=OrjsonSerializer(),
             **options,
         )

@@ -185,7 +185,7 @@ class ElasticsearchSearch:
                     f"{host}/{path}",
                     data=None if body is None else orjson.dumps(body),
                     headers={"Content-Type": "application/json"},
-                    timeout=(CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS),
+                    timeout=(CONNECT_TIMEOUT_SECONDS, self._retry.request_timeout(REQUEST_TIMEOUT_SECONDS)),
                     allow_redirects=False,  # a POST would become a GET without its body
                 )
                 answer = parse_response(response, host, self._connection)

@@ -8,6 +8,7 @@ import math
 import os
 import posixpath
 import re
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from urllib.parse import quote
 from PIL import Image, ImageCms
 
 from imagesearch.documents import FileMetadata, IndexMetadata, OpenedImage
-from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.errors import ImageSearchError, InterruptedRunError, UsageError, describe_error
 from imagesearch.files import atomic_write
 from imagesearch.images import image_extensions, open_rgb
 from imagesearch.index import Index
@@ -145,13 +146,18 @@ class Page:
         """
         if not any("hits" in response for _, response in self._results):
             return False
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C removes the temporary file
         try:
             with atomic_write(Path(os.path.realpath(self._path))) as temporary:  # a symbolic link stays one
                 self._write_sections(temporary)
+        except KeyboardInterrupt:
+            raise InterruptedRunError("The page of results was not written.", signal.SIGINT) from None
         except OSError as error:
             raise ImageSearchError(
                 f"{quote_path(str(self._path))} cannot be written: {describe_error(error)}. Use another --html."
             ) from None
+        finally:
+            signal.signal(signal.SIGINT, before)
         return True
 
     def _write_sections(self, path: Path) -> None:

@@ -52,6 +52,10 @@ class RetryPolicy:
         self._progress = progress
         self._outage_started: float | None = None
 
+    def request_timeout(self, seconds: float) -> float:
+        """Returns how long to wait for an answer: `seconds`, or less if the time limit is shorter, but no less than 5."""
+        return max(5, min(seconds, self._timeout_seconds)) if self._timeout_seconds else seconds
+
     @property
     def is_interrupted(self) -> bool:
         """True if the run was interrupted."""
