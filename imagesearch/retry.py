@@ -53,7 +53,7 @@ class RetryPolicy:
         self._outage_started: float | None = None
 
     def request_timeout(self, seconds: float) -> float:
-        """Returns how long to wait for an answer: `seconds`, or less if the time limit is shorter, but no less than 5."""
+        """Returns how long to wait for an answer: `seconds`, less if the time limit is shorter, but at least 5."""
         return max(5, min(seconds, self._timeout_seconds)) if self._timeout_seconds else seconds
 
     @property
