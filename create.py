@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from imagesearch import cli
+from imagesearch.arguments import parse_create_arguments
 from imagesearch.documents import Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError, UsageError
@@ -23,19 +24,11 @@ from imagesearch.report import SILENT, Report
 from imagesearch.retry import RetryPolicy
 from imagesearch.sources import Part, Source, open_source
 
-EXAMPLES = """\
-  python3 create.py                            index ./images
-  python3 create.py --images ~/photos --prune  also delete the documents of photos that are gone
-  python3 create.py --images s3://birds/photos index a bucket
-  python3 create.py --model thumbnail --index tryout
-                                               try it without downloading CLIP
-"""
-
 PAGE_SIZE = 1000  # images that are looked up in the index at once
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse_create_arguments(__doc__)
     interrupt, progress = Interrupt(), Progress()
     retry = RetryPolicy(arguments.retry_timeout, interrupt, progress)
     with open_writable_index(arguments.index, cli.connect(arguments), arguments.db, retry) as index:
@@ -58,53 +51,6 @@ def main() -> int:
                 index.refresh()
         say_what_is_left(index, source, interrupt, progress, arguments)
     return 128 + interrupt.signal if interrupt.signal else int(progress.unreadable > 0)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--images",
-        metavar="DIR|URL",
-        action=cli.StoreOnce,
-        default="images",
-        help="a folder, or a bucket as s3://bucket/folder, gs://… or az://… (default: images)",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME|FILE",
-        help="clip (downloaded once), thumbnail (a baseline: 16x16 pixels), or an ONNX file with imgbeddings' input"
-        " and output (default: the model of the index; clip for a new index)",
-    )
-    parser.add_argument(
-        "--prune",
-        action="store_true",
-        help="also delete the documents of files below DIR that no longer exist; refused if none of the indexed"
-        " files is left, as with an unmounted disk; see --prune-all",
-    )
-    parser.add_argument("--prune-all", action="store_true", help="like --prune, but never refused")
-    parser.add_argument(
-        "--part",
-        metavar="I/N",
-        type=Part.parse,
-        default=Part(),
-        help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
-    )
-    parser.add_argument(
-        "--retry-timeout",
-        metavar="SECONDS",
-        type=cli.seconds,
-        default=120,
-        help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; not"
-        " at its start (default: 120)",
-    )
-    parser.add_index_options()
-    arguments, others = parser.parse_known_args()
-    if others:
-        name = quote_path(" ".join(others))
-        proposal = "" if others[0].startswith("-") else f"; to index a folder or bucket, use --images {name}"
-        parser.error(f"unrecognized arguments: {name}{proposal}")
-    arguments.prune |= arguments.prune_all
-    return arguments
 
 
 def check_source(

@@ -7,38 +7,26 @@ import argparse
 import difflib
 import functools
 import json
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagesearch import cli
+from imagesearch.arguments import parse_search_arguments
 from imagesearch.documents import IndexMetadata, ModelInfo, Unreadable
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
-from imagesearch.paths import path_to_text, query_name, quote_path
+from imagesearch.paths import query_name, quote_path
 from imagesearch.queries import Query, embed_queries
-from imagesearch.results_page import Page, check_page_path
 from imagesearch.sources import open_query
 
-EXAMPLES = """\
-  python3 search.py myimage.jpg                    the nearest image
-  python3 search.py -k 10 --desc Bald_Eagle a.jpg  the ten nearest in one class
-  python3 search.py -k 12 --html results.html a.jpg
-                                                   a page with the twelve nearest
-  python3 search.py https://example.com/a.jpg s3://birds/b.jpg - < c.jpg
-                                                   images from the web, a bucket and standard input
-  python3 search.py @names.txt | jq '.hits.hits[0].fields.file_path[0]'
-                                                   images whose names are in a file, one a line
-"""
-
-MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
+if TYPE_CHECKING:
+    from imagesearch.results_page import Page
 
 
 @dataclass(frozen=True)
@@ -50,11 +38,11 @@ class Result:
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse_search_arguments(__doc__)
     code = 0
     with open_index(arguments.index, cli.connect(arguments), arguments.db) as index:
         metadata = get_metadata(index, arguments)
-        page = open_page(index, metadata, arguments) if arguments.html else None
+        page = open_page(index, metadata, arguments) if arguments.html is not None else None
         get_model = model_loader(metadata.model, arguments)
         queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
         for result in search_all(queries, index, arguments):
@@ -65,44 +53,6 @@ def main() -> int:
         if page and page.write():
             cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
     return code
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, EXAMPLES, fromfile_prefix_chars="@")
-    parser.add_argument(
-        "image",
-        metavar="IMAGE",
-        nargs="+",
-        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input;"
-        " @FILE reads such names from FILE, one a line",
-    )
-    parser.add_argument("-k", metavar="N", type=number_of_images, default=1, help="how many images (default: 1)")
-    parser.add_argument("--desc", metavar="NAME", type=path_to_text, help="only images of this class (their folder)")
-    parser.add_argument("--min-score", metavar="S", type=score, help="only images that score at least S, from 0 to 1")
-    parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
-    parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
-    parser.add_index_options()
-    arguments = parser.parse_intermixed_args()
-    if arguments.image.count("-") > 1:
-        parser.error("argument IMAGE: standard input (-) can be read only once")
-    if arguments.html is not None:
-        arguments.html = check_page_path(arguments.html, arguments.image)
-    return arguments
-
-
-def number_of_images(text: str) -> int:
-    """Returns the number of -k, which Elasticsearch limits."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MAX_K:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_K:,}")
-    return int(text)
-
-
-def score(text: str) -> float:
-    """Returns the score of --min-score."""
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError("must be a number from 0 to 1")
 
 
 def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
@@ -123,11 +73,13 @@ def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
     )
 
 
-def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespace) -> Page:
+def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":
     """Returns the page that ``--html`` asks for."""
+    from imagesearch.results_page import Page, check_page_path  # late, to save time without --html
+
     limits = [] if arguments.desc is None else [f" of class {arguments.desc}"]
     limits += [] if arguments.min_score is None else [f" with a score of at least {arguments.min_score:g}"]
-    return Page(arguments.html, index, arguments.index, metadata, "".join(limits))
+    return Page(check_page_path(arguments.html, arguments.image), index, arguments.index, metadata, "".join(limits))
 
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
