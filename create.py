@@ -35,7 +35,7 @@ def main() -> int:
         metadata = index.get_metadata()
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
         check_source(source, index, metadata, arguments)
-        model = prepare_index(index, metadata, arguments)
+        metadata, model = prepare_index(index, metadata, arguments)
         with interrupt, progress:
             index.refresh()  # what an interrupted run has written is not embedded again
             progress.start_bar(find_images(source, arguments.part))
@@ -68,8 +68,10 @@ def check_source(
         )
 
 
-def prepare_index(index: WritableIndex, metadata: IndexMetadata | None, arguments: argparse.Namespace) -> Model:
-    """Returns the index's model; creates the index if there is none, and says which index and model are used.
+def prepare_index(
+    index: WritableIndex, metadata: IndexMetadata | None, arguments: argparse.Namespace
+) -> tuple[IndexMetadata, Model]:
+    """Returns the index's metadata and model; creates the index if there is none, and says which are used.
 
     Raises UsageError if ``--model`` is not the index's model.
     """
@@ -88,7 +90,7 @@ def prepare_index(index: WritableIndex, metadata: IndexMetadata | None, argument
     cli.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
     if arguments.part.count > 1 and not os.environ.get("ES_URL"):
         cli.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
-    return model
+    return metadata, model
 
 
 def find_images(source: Source, part: Part, report: Report = SILENT) -> Iterator[ImageFile]:

@@ -10,7 +10,7 @@ import orjson
 import requests
 
 from imagesearch.connection import Connection
-from imagesearch.errors import ImageSearchError, UsageError, describe_error, root_cause
+from imagesearch.errors import LostIndexError, UsageError, describe_error, root_cause
 from imagesearch.paths import quote_path
 from imagesearch.retry import RetryableError
 
@@ -44,17 +44,17 @@ def is_missing_index(body: dict[str, Any]) -> bool:
     return isinstance(error, dict) and error.get("type") == "index_not_found_exception"
 
 
-def deleted_index_error(index: str) -> ImageSearchError:
+def deleted_index_error(index: str) -> LostIndexError:
     """Returns the error for an index that existed when the run began."""
-    return ImageSearchError(
+    return LostIndexError(
         f"The index {index} was deleted during the run, with all that was written to it. Run the command again to"
         " create a new one."
     )
 
 
-def moved_index_error(index: str) -> ImageSearchError:
+def moved_index_error(index: str) -> LostIndexError:
     """Returns the error for a name that pointed to another index when the run began."""
-    return ImageSearchError(
+    return LostIndexError(
         f"{index} no longer points to the index that it pointed to before; what was written since may be in either."
         " Run the command again."
     )

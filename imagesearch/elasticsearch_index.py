@@ -29,7 +29,7 @@ from imagesearch.elasticsearch_errors import (
     moved_index_error,
 )
 from imagesearch.elasticsearch_search import META_KEY, REQUEST_TIMEOUT_SECONDS, Body, ElasticsearchSearch
-from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.errors import ImageSearchError, LostIndexError, UsageError
 from imagesearch.parallel import batch_until_error, map_buffered
 from imagesearch.retry import RetryableError, RetryPolicy
 
@@ -81,9 +81,18 @@ class ElasticsearchIndex(ElasticsearchSearch):
             **options,
         )
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self._client.close()
+    def __exit__(self, *exception: object) -> None:
+        _, error, _ = exception
+        try:
+            if isinstance(error, ImageSearchError) and self._uuid and not self._retry.is_outage:
+                self._ensure_same_index()  # which may be why it failed
+        except LostIndexError:
+            raise
+        except ImageSearchError:  # the first error is said
+            pass
+        finally:
+            super().__exit__()
+            self._client.close()
 
     def create(self, metadata: IndexMetadata) -> None:
         meta = {META_KEY: vars(metadata.model) | {"folder": metadata.folder}}

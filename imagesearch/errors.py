@@ -13,6 +13,10 @@ class UsageError(ImageSearchError):
     exit_code = 2
 
 
+class LostIndexError(ImageSearchError):
+    """The index was deleted, or its name points to another one, since the run began."""
+
+
 class InterruptedRunError(ImageSearchError):
     """A run failed after a signal had interrupted it. Exit code 128 and the signal's number."""
 

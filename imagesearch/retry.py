@@ -57,6 +57,11 @@ class RetryPolicy:
         return max(5, min(seconds, self._timeout_seconds)) if self._timeout_seconds else seconds
 
     @property
+    def is_outage(self) -> bool:
+        """True if the last call failed."""
+        return self._outage_started is not None
+
+    @property
     def is_interrupted(self) -> bool:
         """True if the run was interrupted."""
         return self._interrupt is not None and self._interrupt.signal != 0

@@ -165,7 +165,7 @@ def test_a_run_keeps_to_the_index_whose_model_it_has(elastic: Scripts, server: S
     connection = Connection.from_env(elastic.environment)
     assert connection
     embedding = np.ones(768, np.float32)
-    moved = "now points to another index"
+    moved = "no longer points to the index"
     image = ImageFile("/p/images/4.png", "./images/4.png", "images", 1, 1)
 
     server.request("POST", "_aliases", {"actions": [{"add": {"index": first, "alias": name}}]})

@@ -106,5 +106,5 @@ def test_a_port_without_tls_is_reported_as_such(local: Scripts, picture: Picture
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done = local.run("search.py", path, ES_URL=f"https://127.0.0.1:{server.server_port}")
         server.shutdown()
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "If that port does not use TLS, ES_URL must begin with http://" in done.stderr

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from imagesearch.errors import UsageError
+from imagesearch.errors import ImageSearchError
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
@@ -58,7 +58,7 @@ def choose_model() -> str:
 
     try:
         clip_path()
-    except UsageError:
+    except ImageSearchError:
         print("CLIP could not be downloaded; continuing with --model thumbnail, which needs no download.", flush=True)
         return "thumbnail"
     return "clip"
