@@ -452,7 +452,7 @@ def test_a_search_imports_only_what_it_needs(scripts: Scripts, birds: list[Path]
         scripts.search(query, PYTHONPATH=str(scripts.folder))
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
-    never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "tqdm", "pi_heif"}
+    never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif"}
     assert {"imgbeddings", "onnxruntime", "numpy"} <= for_new and not never & for_new
     assert not {"imgbeddings", "onnxruntime"} & for_indexed
 
