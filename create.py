@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes a CLIP embedding of every image in a folder or bucket and indexes it, for search.py to find."""
 
-from imagesearch.start import run
+from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
 
 import argparse
 import os

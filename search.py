@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each IMAGE."""
 
-from imagesearch.start import run
+from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
 
 import argparse
 import difflib

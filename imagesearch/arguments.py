@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from imagesearch.cli import DEFAULT_DATABASE
 from imagesearch.errors import UsageError
-from imagesearch.paths import path_to_text, quote_path
+from imagesearch.paths import local_path, path_to_text, quote_path
 from imagesearch.sources import Part
 
 MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
@@ -50,6 +50,7 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         metavar="DIR|URL",
+        type=local_path,
         action=StoreOnce,
         default="images",
         help="a folder, or a bucket as s3://bucket/folder, gs://… or az://… (default: images)",
@@ -99,6 +100,7 @@ def parse_search_arguments(description: str | None) -> argparse.Namespace:
         "image",
         metavar="IMAGE",
         nargs="+",
+        type=local_path,
         help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input;"
         " @FILE reads such names from FILE, one a line",
     )

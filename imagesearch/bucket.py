@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 
 # obstore's own retries cover brief failures; RetryPolicy, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-# For a whole request, whose default of 30 seconds is too short for many large objects at once; and without any data.
-# As variables: client_options would replace all of the user's own.
+# TIMEOUT is for a whole request: obstore's 30 seconds are too short for many large objects at once. READ_TIMEOUT is for
+# a server that is silent. They are set as variables, since client_options would replace all of the user's own.
 for _store in ("AWS", "GOOGLE", "AZURE"):
     os.environ.setdefault(f"{_store}_TIMEOUT", "10m")
     os.environ.setdefault(f"{_store}_READ_TIMEOUT", "30s")
@@ -172,20 +172,28 @@ class BucketSource:
         try:
             listing = self._call_interruptibly(lambda: obstore.list_with_delimiter(self._store, prefix or None))
         except InvalidKeyError as error:
+            yield from self._list_after(prefix, max(offset, error.next_key), error, report)
+            return
+        yield from (meta for meta in listing["objects"] if meta["path"] > offset)
+        for folder in listing["common_prefixes"]:
+            if folder:  # of keys that begin with a slash, which are listed without it
+                yield from self._list_by_folder(folder, offset, report)
+
+    def _list_after(self, prefix: str, offset: str, error: "InvalidKeyError", report: Report) -> Iterator[Any]:
+        """Yields what comes after an invalid key, and after each of those that follow; tells `report` of each."""
+        while True:
             report.count_unreadable(
                 f"{self._bucket_url}/{error.key}",
                 f"obstore cannot read keys with {error.problem}; up to 1,000 objects listed with it are skipped, too:"
                 " rename it",
             )
             try:
-                yield from self._list_flat(prefix, max(offset, error.next_key))
+                for meta in self._list_flat(prefix, offset):
+                    offset = meta["path"]
+                    yield meta
+                return
             except InvalidKeyError as another:
-                yield from self._list_by_folder(prefix, max(offset, error.next_key, another.next_key), report)
-            return
-        yield from (meta for meta in listing["objects"] if meta["path"] > offset)
-        for folder in listing["common_prefixes"]:
-            if folder:  # of keys that begin with a slash, which are listed without it
-                yield from self._list_by_folder(folder, offset, report)
+                error, offset = another, max(offset, another.next_key)
 
     def _call_interruptibly(self, function: Callable[[], Result]) -> Result:
         service = f"The bucket {self._bucket_url}"
@@ -193,17 +201,22 @@ class BucketSource:
 
 
 class InvalidKeyError(Exception):
-    """A bucket has a key that obstore cannot read."""
+    """A bucket has a key that obstore cannot read.
+
+    `next_key` comes after all keys that begin like `key` up to its first problem, and can be read.
+    """
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
         self.key = key
-        match = re.search(r"[\x00-\x1f\x7f]|(?:^|(?<=/))(?:\.{0,2})(?=/|$)", key)
-        bad = match[0] if match else ""
-        self.problem = "control characters" if bad and bad[0] not in "." else "a part that is empty, '.' or '..'"
-        # The first key after those with the same beginning.
-        start = match.start() if match else len(key)
-        self.next_key = key[:start] + (" " if self.problem == "control characters" else bad + "0")
+        match = re.search(r"[\x00-\x1f\x7f]|(?:^|(?<=/))\.{0,2}(?=/|$)", key)
+        bad, start = (match[0], match.start()) if match else ("", len(key))
+        if bad and not bad.startswith("."):
+            self.problem = "control characters"
+            self.next_key = key[:start] + (" " if bad < " " else "\x80")
+        else:
+            self.problem = "a part that is empty, '.' or '..'"
+            self.next_key = f"{key[:start]}{bad}0"  # the character after a slash
 
 
 @contextlib.contextmanager

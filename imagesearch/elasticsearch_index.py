@@ -111,8 +111,10 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
     def count_below(self, folder: str) -> int:
         query = {"query": {"prefix": {"file_path": folder.rstrip("/") + "/"}}}
-        _, body = self._retried(lambda: self._request("POST", f"{quote(self._index)}/_count", query))
-        return int(body.get("count", 0))
+        status, body = self._retried(lambda: self._request("POST", f"{quote(self._index)}/_count", query))
+        if status != 200 or body["_shards"]["failed"]:
+            raise ImageSearchError(f"Elasticsearch cannot count the documents of {self._index}: {error_reason(body)}.")
+        return int(body["count"])
 
     def list_paths(self, folder: str) -> Iterator[str]:
         query = {"prefix": {"file_path": folder.rstrip("/") + "/"}}
@@ -122,7 +124,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
             options["search_after"] = hits[-1]["sort"]
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
-        errors: list[ImageSearchError] = []
+        errors: list[ImageSearchError] = []  # after the first one, nothing more is sent
         batches = itertools.takewhile(lambda _: not errors, batch_until_error(items, BULK_SIZE))
         with ThreadPoolExecutor(BULK_REQUESTS) as pool:
             for bulk in map_buffered(pool, self._write_batch, batches, BULK_REQUESTS):
@@ -237,7 +239,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
 @dataclass(frozen=True)
 class _Written:
-    """What a batch has come to."""
+    """The items of a batch that are stored, and the error that stopped the rest."""
 
     items: list[Document | MetadataUpdate]
     error: ImageSearchError | None
@@ -270,7 +272,7 @@ def _is_guessed(mappings: Body) -> bool:
     return (
         "dynamic" not in mappings
         and "_meta" not in mappings
-        and mappings.get("properties", {}).keys() <= PROPERTIES.keys()
+        and {"size", "mtime"} <= mappings.get("properties", {}).keys() <= PROPERTIES.keys()
     )
 
 

@@ -91,8 +91,11 @@ class ElasticsearchSearch:
         return metadata
 
     def list_indexes(self) -> dict[str, str]:
-        status, body = self._request_once("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.model")
-        if status != 200:  # a user who may not see the others
+        try:
+            status, body = self._request_once("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.model")
+        except UsageError:  # a user who may not see the others
+            return {}
+        if status != 200:
             return {}
         return {name: index["mappings"]["_meta"][META_KEY]["model"] for name, index in sorted(body.items())}
 

@@ -80,8 +80,8 @@ def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> boo
 class Embedder:
     """Makes embeddings, and knows those that were made. Safe to use from several threads.
 
-    `get_model` is called when the first image has to be embedded. `cpu` is to be held while images are: as many
-    threads can hold it as there are CPUs.
+    `get_model` is called when the first image has to be embedded. `cpu` is to be held while decoding and embedding: as
+    many threads can hold it as there are CPUs.
     """
 
     def __init__(self, get_model: Callable[[], Model], index: Index, cpus: int) -> None:

@@ -39,7 +39,7 @@ DRAFT_SIZE = 2 * 224
 Image.MAX_IMAGE_PIXELS = None
 MAX_SIDE = 65_535  # of a JPEG; strips of wider images would be large
 
-# Images with a longer side are reduced, too: the time of Clip.preprocess is its square.
+# Images with a longer side are reduced, too: the time of Clip.preprocess grows with its square.
 MAX_FULL_SCALE_SIDE = 1 << 14
 
 # For all images that are in use together, so that a run stays below 1 GB: 150 megapixels of RGBA, for example.
@@ -82,8 +82,8 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
     """Yields the image in `stream` as 8-bit RGB, rotated as its EXIF orientation says.
 
     JPEGs much larger than the model's 224 pixels are decoded at reduced scale, and images of more than
-    33 megapixels are reduced. Transparent parts become white, grayscale of more than 8 bits is scaled
-    to 8, and an animation gives its first frame.
+    33 megapixels, or with a side of more than 16,384, are reduced. Transparent parts become white, grayscale
+    of more than 8 bits is scaled to 8, and an animation gives its first frame.
 
     Waits while other threads use so many images that the memory would exceed MAX_DECODING_BYTES: it is
     reserved until the block ends. Raises ValueError for an image that needs more than that alone, and

@@ -50,7 +50,7 @@ def prepared_model_path(path: Path, sha256: str) -> Path:
 def rewrite(path: Path) -> bytes | None:
     """Returns the model in `path` with int8 weights, None if it has no weights to rewrite.
 
-    Only constant uint8 weights that are used by one kind of operator and nothing else are changed.
+    All or nothing: None unless the weights of every `MatMulInteger` are constant, uint8, and used by nothing else.
     """
     import onnx  # takes a quarter of a second to import, and is needed once for each model
 

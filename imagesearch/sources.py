@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, opened_from_memory
 from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError
-from imagesearch.paths import BUCKET_URL, HTTP_URL, local_path
+from imagesearch.paths import BUCKET_URL, HTTP_URL
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import NO_RETRY, RetryPolicy
 
@@ -83,7 +83,7 @@ def open_source(location: str, folder: str, retry: RetryPolicy) -> Source:
         return BucketSource(location, retry)
     from imagesearch.folder import FolderSource
 
-    return FolderSource(local_path(location), folder)
+    return FolderSource(location, folder)
 
 
 def open_location(location: str) -> AbstractContextManager[OpenedImage]:
@@ -120,7 +120,7 @@ def open_query(query: str) -> AbstractContextManager[OpenedImage]:
         from imagesearch.web import open_url
 
         return open_url(query)
-    return open_location(local_path(query))
+    return open_location(query)
 
 
 @contextlib.contextmanager

@@ -140,6 +140,17 @@ def test_a_key_that_obstore_cannot_read_costs_one_line(key: str, problem: str, l
         assert counts(local.create("--images", "s3://birds/in", "--prune", code=1))["unchanged"] == len(good)
 
 
+def test_several_keys_that_obstore_cannot_read_are_each_named_once(local: Scripts) -> None:
+    with s3_server(in_memory=True) as server:
+        local.environment |= server.environment
+        server.put("birds")
+        for seed, name in enumerate(["in/Icon\r", "in/a.png", "in/b//c.png", "in/d.png", "in/e\x7f.png", "in/z.png"]):
+            server.put("birds", name, png(seed))
+        stderr = local.create("--images", "s3://birds/in", code=1)
+        assert stderr.count("obstore cannot read keys") == 3
+        assert {"s3://birds/in/z.png"} <= set(local.paths()) <= {f"s3://birds/in/{name}.png" for name in "adz"}
+
+
 def test_keys_that_differ_in_outer_slashes_are_reported(local: Scripts) -> None:
     with s3_server(in_memory=True) as server:
         local.environment |= server.environment

@@ -50,7 +50,10 @@ def test_no_error_shows_a_secret(elastic: Scripts, picture: Picture) -> None:
     for name, environment in failing(elastic).items():
         for arguments in (("create.py", "--model", "thumbnail"), ("search.py", str(path))):
             done = elastic.run(*arguments, **environment)
-            assert done.returncode == (1 if name in ("no server", "no such host", "plain http") else 2), (name, done.stderr)
+            assert done.returncode == (1 if name in ("no server", "no such host", "plain http") else 2), (
+                name,
+                done.stderr,
+            )
             assert done.stderr.count("\n") == 1, (name, done.stderr)
             for secret in MARKED:
                 assert secret not in done.stdout + done.stderr, name
