@@ -19,7 +19,7 @@ from imagesearch.parallel import available_cpus, map_buffered, split
 from imagesearch.report import Report
 from imagesearch.sources import Source
 
-CHUNK_SIZE = 16  # images that are opened and looked up together
+CHUNK_SIZE = 32  # images that are opened and looked up together
 CHUNK_BYTES = 64_000_000  # of their contents; a larger image is a chunk of its own
 RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the index may not find yet
 
