@@ -40,7 +40,8 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 90rem; padding: 1.5rem clamp(1rem, 4vw, 3rem); background: var(--paper);
   color: var(--ink); font: 1rem/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1.5rem; }
+header { margin-bottom: 1.5rem; }
+h1 { font-size: 1.5rem; margin: 0; }
 section + section { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 2rem; }
 .query { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: end; margin-bottom: 1.5rem; }
 .query img, .query .missing { width: min(20rem, 100%); }
@@ -176,12 +177,12 @@ class Page:
         indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
         file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
         pictures = pool.map(self._hit_picture, file_paths)
-        name, short_name = breakable(query_name(query)), _short_name(query)
+        name, short_name = query_name(query), _short_name(query)
         yield f"""<section aria-labelledby="query-{number}">
 <div class="query">
 {self._query_picture(query, short_name)}
 <div><h2 id="query-{number}">Nearest to {short_name}</h2>
-{f"<p>{name}</p>" if name != short_name else ""}
+{"" if escape(name) == short_name else f"<p>{breakable(name)}</p>"}
 <p>{self._number_of_hits(len(hits))}</p></div>
 </div>
 <ol>
