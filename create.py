@@ -40,7 +40,7 @@ def main() -> int:
             index.refresh()  # what an interrupted run has written is not embedded again
             progress.start_bar(find_images(source, arguments.part))
             changed = find_changed(find_images(source, arguments.part, progress), index, interrupt, progress)
-            with closing(embed_images(changed, source, model, index, progress)) as documents:
+            with closing(embed_images(changed, source, model, index, progress, interrupt)) as documents:
                 for document in index.write(documents):
                     progress.count_written(document)
             index.refresh()

@@ -9,8 +9,9 @@ import functools
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,12 @@ def main() -> int:
         page = open_page(index, metadata, arguments) if arguments.html is not None else None
         get_model = model_loader(metadata.model, arguments)
         queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
-        for result in search_all(queries, index, arguments):
-            cli.write_line(json.dumps(result.response, ensure_ascii=False))
-            code |= explain(result)
-            if page:
-                page.add(result.query, result.response)
+        with closing(queries), closing(search_all(queries, index, arguments)) as results:  # their threads end first
+            for result in results:
+                cli.write_line(json.dumps(result.response, ensure_ascii=False))
+                code |= explain(result)
+                if page:
+                    page.add(result.query, result.response)
         if page and page.write():
             cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
     return code
@@ -90,7 +92,7 @@ def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[],
     return load
 
 
-def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Namespace) -> Iterator[Result]:
+def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Namespace) -> Generator[Result, None, None]:
     """Yields the result of each query, in order; several searches are under way at a time."""
 
     def search(query: Query) -> Result:

@@ -110,7 +110,10 @@ def parse_search_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
     parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
-    arguments = parser.parse_intermixed_args()
+    try:
+        arguments = parser.parse_intermixed_args()
+    except UnicodeDecodeError:
+        parser.error("the names in @FILE must be UTF-8: give others on the command line")
     if arguments.image.count("-") > 1:
         parser.error("argument IMAGE: standard input (-) can be read only once")
     return arguments
@@ -155,6 +158,10 @@ class Parser(argparse.ArgumentParser):
             help=f"a local index file, which is used if ES_URL is not set (default: {DEFAULT_DATABASE})",
         )
         self.add_argument("--insecure", action="store_true", help="do not verify the server's certificate")
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """Returns the argument in a line of ``@FILE``: a name, even if it looks like an option."""
+        return [f"./{line}" if line.startswith("-") and line != "-" else line] if line else []
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{self.prog}: {message}. See {self.prog} --help.\n")

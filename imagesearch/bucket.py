@@ -165,35 +165,32 @@ class BucketSource:
             offset = chunk[-1]["path"]
 
     def _list_by_folder(self, prefix: str, offset: str, report: Report) -> Iterator[Any]:
-        """Yields what `_list_flat` yields, but for the folders with an invalid key: obstore drops a page that has one.
-
-        Of such a folder, what comes after the key is yielded, and `report` is told of the key.
-        """
+        """Yields what `_list_flat` yields, folder by folder: obstore drops a page that has an invalid key."""
         try:
             listing = self._call_interruptibly(lambda: obstore.list_with_delimiter(self._store, prefix or None))
-        except InvalidKeyError as error:
-            yield from self._list_after(prefix, max(offset, error.next_key), error, report)
+        except InvalidKeyError:
+            yield from self._list_around(prefix, offset, report)
             return
         yield from (meta for meta in listing["objects"] if meta["path"] > offset)
         for folder in listing["common_prefixes"]:
             if folder:  # of keys that begin with a slash, which are listed without it
                 yield from self._list_by_folder(folder, offset, report)
 
-    def _list_after(self, prefix: str, offset: str, error: "InvalidKeyError", report: Report) -> Iterator[Any]:
-        """Yields what comes after an invalid key, and after each of those that follow; tells `report` of each."""
+    def _list_around(self, prefix: str, offset: str, report: Report) -> Iterator[Any]:
+        """Yields what `_list_flat` yields, but for pages with an invalid key up to it; tells `report` of each key."""
         while True:
-            report.count_unreadable(
-                f"{self._bucket_url}/{error.key}",
-                f"obstore cannot read keys with {error.problem}; up to 1,000 objects listed with it are skipped, too:"
-                " rename it",
-            )
             try:
                 for meta in self._list_flat(prefix, offset):
                     offset = meta["path"]
                     yield meta
                 return
-            except InvalidKeyError as another:
-                error, offset = another, max(offset, another.next_key)
+            except InvalidKeyError as error:
+                report.count_unreadable(
+                    f"{self._bucket_url}/{error.key}",
+                    f"obstore cannot read keys with {error.problem}; up to 1,000 objects listed with it are skipped,"
+                    " too: rename it",
+                )
+                offset = max(offset, error.next_key)
 
     def _call_interruptibly(self, function: Callable[[], Result]) -> Result:
         service = f"The bucket {self._bucket_url}"

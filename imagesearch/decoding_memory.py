@@ -42,7 +42,8 @@ def decoding_bytes(
             needed += full_size[0] * full_size[1] // 2 + 2 * stream.seek(0, os.SEEK_END)
     elif image.format == "TIFF":
         needed += _tiff_bytes(image, bytes_per_pixel)
-    return needed + (4 * pixels if pixels <= MAX_FULL_SCALE_PIXELS else 0)
+    # The decoder's own memory is free again when the image, if it is not reduced, is converted to RGB.
+    return max(needed, pixels * (bytes_per_pixel + 4) if pixels <= MAX_FULL_SCALE_PIXELS else 0)
 
 
 def _is_one_scan(stream: BinaryIO, components: int) -> bool:

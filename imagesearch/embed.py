@@ -14,6 +14,7 @@ from imagesearch.errors import ImageSearchError, describe_error
 from imagesearch.files import max_open_files
 from imagesearch.images import open_rgb
 from imagesearch.index import Index
+from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered, split
 from imagesearch.report import Report
@@ -25,7 +26,12 @@ RECENT_SIZE = 4096  # embeddings kept for copies of images that a search of the 
 
 
 def embed_images(
-    candidates: Iterable[Candidate], source: Source, model: Model, index: Index, report: Report
+    candidates: Iterable[Candidate],
+    source: Source,
+    model: Model,
+    index: Index,
+    report: Report,
+    interrupt: Interrupt | None = None,
 ) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order.
 
@@ -38,6 +44,8 @@ def embed_images(
     embedder = Embedder(lambda: model, index, cpus)
 
     def embed_chunk(chunk: Sequence[Candidate]) -> list[Document | MetadataUpdate | Unreadable]:
+        if interrupt and interrupt.signal:  # what has begun is finished; the next run does the rest
+            return []
         with source.open_images([candidate.image for candidate in chunk]) as opened:
             pairs = list(zip(chunk, opened, strict=True))
             known = embedder.find_known(image for candidate, image in pairs if not _is_unchanged(candidate, image))

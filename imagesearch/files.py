@@ -22,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent, path.name)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f"{path.name}.imagesearch-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def remove_stale(folder: Path, name: str = "*") -> None:
     """Removes the temporary files of `atomic_write` that a killed process has left."""
-    pattern = f"{name if name == '*' else glob.escape(name)}.[0-9]*-[0-9]*.tmp"
+    pattern = f"{name if name == '*' else glob.escape(name)}.imagesearch-*.tmp"
     for temporary in folder.glob(pattern):
         with contextlib.suppress(OSError):
             if time.time() - temporary.stat().st_mtime > STALE_SECONDS:

@@ -54,6 +54,7 @@ def _download() -> Path:
     except Exception as error:  # of the hub, of its HTTP client, of the file system
         raise ImageSearchError(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): connect to the internet"
-            " and run the command again, or use --model FILE (an ONNX file with imgbeddings' input and output),"
-            " or try it with --model thumbnail --index tryout."
+            f" and run the command again, or use --model FILE with a copy of imgbeddings' {FILE_NAME}. To try the"
+            " scripts only, with a toy in place of CLIP: create.py --model thumbnail --index tryout, then search.py"
+            " --index tryout."
         ) from None

@@ -71,6 +71,8 @@ def query_name(query: str) -> str:
     """Returns an image to search for as messages name it: a URL without credentials, in its user or query part."""
     if query == "-":
         return "standard input"
+    if BUCKET_URL.match(query) and "@" in query.split("/")[2]:  # which is refused, and may hold a password
+        return f"{query.partition('://')[0]}://…"
     if not HTTP_URL.match(query):
         return query
     scheme, _, rest = query.partition("://")

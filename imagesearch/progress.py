@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from imagesearch import cli
 from imagesearch.documents import Document, MetadataUpdate
-from imagesearch.errors import ImageSearchError
 from imagesearch.paths import quote_path
 
 UNREADABLE_SHOWN = 20
@@ -60,7 +59,7 @@ class Progress:
 
     def _count(self, images: Iterable[object]) -> None:
         total = 0
-        with contextlib.suppress(ImageSearchError):  # the run meets it, too
+        with contextlib.suppress(Exception):  # the run meets it, too
             for _ in images:
                 total += 1
                 if self._is_closed:

@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 
 INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 8.0
 POLL_SECONDS = 0.1
+INTERRUPTED_SECONDS = 2  # for which an answer is still waited for after an interruption
 SILENCE_SECONDS = 5  # without an answer, before the user is told
 
 
@@ -50,7 +51,7 @@ class RetryPolicy:
         self._timeout_seconds = timeout_seconds
         self._interrupt = interrupt
         self._progress = progress
-        self._outage_started: float | None = None
+        self._outages: dict[str, float] = {}  # when they began, by service
 
     def request_timeout(self, seconds: float) -> float:
         """Returns how long to wait for an answer: `seconds`, less if the time limit is shorter, but at least 5."""
@@ -58,8 +59,8 @@ class RetryPolicy:
 
     @property
     def is_outage(self) -> bool:
-        """True if the last call failed."""
-        return self._outage_started is not None
+        """True if the last call of a service failed."""
+        return bool(self._outages)
 
     @property
     def is_interrupted(self) -> bool:
@@ -71,24 +72,23 @@ class RetryPolicy:
 
         Raises ImageSearchError if that lasts longer than the timeout, or the run was interrupted.
         """
+        began, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
         started: float | None = None
-        delay = INITIAL_BACKOFF_SECONDS
         while True:
             try:
                 with self._said_if_silent(service):
                     result = function()
             except RetryableError as error:
+                reason = str(error)
                 if self._timeout_seconds == 0:
-                    reason = str(error)
                     raise ImageSearchError(f"{reason[0].upper()}{reason[1:]}. {error.hint}") from None
                 if error.partially_done:
-                    started = self._outage_started = None
-                    delay = INITIAL_BACKOFF_SECONDS
-                self._outage_started = self._outage_started or time.monotonic()
-                started = started or self._outage_started
-                reason = str(error)
+                    self._outages.pop(service, None)
+                    began, started, delay = time.monotonic(), None, INITIAL_BACKOFF_SECONDS
+                if started is None:  # what has been waited for the answer counts
+                    started = self._outages.setdefault(service, began)
             else:
-                self._outage_started = None
+                self._outages.pop(service, None)
                 return result
             waited = time.monotonic() - started
             delay = min(delay, self._timeout_seconds - waited)
@@ -106,7 +106,7 @@ class RetryPolicy:
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)
 
     def call_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
-        """Returns what `call` returns; raises ImageSearchError as soon as the run is interrupted.
+        """Returns what `call` returns; raises ImageSearchError soon after the run is interrupted.
 
         ``function()`` runs on another thread: while it waits inside a library that is not Python, no signal handler
         could run on this one.
@@ -115,8 +115,11 @@ class RetryPolicy:
 
     def _on_thread(self, service: str, function: Callable[[], Result]) -> Result:
         future = start_thread(function)
+        interrupted: float | None = None
         while not wait([future], timeout=POLL_SECONDS).done:
             if self.is_interrupted:
+                interrupted = interrupted or time.monotonic()
+            if interrupted and time.monotonic() - interrupted > INTERRUPTED_SECONDS:
                 raise ImageSearchError(f"Interrupted while waiting for an answer. {service} is silent.")
         return future.result()
 

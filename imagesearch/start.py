@@ -2,27 +2,28 @@
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback, from here on
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # of a job in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback, from here on
 
-import importlib.util  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import NoReturn  # noqa: E402
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-from imagesearch.cli import OutputError, say  # noqa: E402
-from imagesearch.errors import ImageSearchError, UsageError, describe_error  # noqa: E402
-from imagesearch.paths import quote_path  # noqa: E402
+from imagesearch.cli import OutputError, say
+from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.paths import quote_path
 
 
 def _open_standard_streams() -> None:
     """Opens /dev/null for each standard stream that was closed (``2>&-``), so that no other file takes its number.
 
-    It is opened for reading, so that results that cannot be written are an error, as they are for `cat`.
+    For stdout it is opened for reading, so that results that cannot be written are an error, as they are for `cat`.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), number)
+            os.dup2(os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY), number)
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
 
 

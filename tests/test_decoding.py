@@ -168,15 +168,15 @@ def test_a_heif_of_61_megapixels_is_read() -> None:
         assert max(picture.size) >= 448
 
 
-@pytest.mark.parametrize("size", [(6250, 4160), (6251, 4161), (6253, 4165), (12001, 9001)])
+@pytest.mark.parametrize("size", [(6250, 4160), (7003, 5005), (9999, 7777), (12001, 9001)])
 def test_a_large_jpeg_2000_is_decoded_at_reduced_scale(size: tuple[int, int], tmp_path: Path) -> None:
-    """Of 26 megapixels, and 108; Pillow rounds the reduced size otherwise than OpenJPEG."""
+    """Of 26 megapixels, which fit, to 108; Pillow rounds the reduced size otherwise than OpenJPEG."""
     picture = Image.new("RGB", size, "teal")
     picture.paste("orange", (size[0] // 2, 0, *size))
     picture.save(tmp_path / "a.jp2")
     outcome, memory, _ = measure(tmp_path / "a.jp2")
     width, height = map(int, outcome.split("x"))
-    assert 448 <= width < size[0]
+    assert 448 <= width <= size[0]
     assert abs(width / height - size[0] / size[1]) < 0.01
     assert memory < 600
     with (tmp_path / "a.jp2").open("rb") as stream, open_rgb(stream) as reduced:

@@ -180,11 +180,11 @@ def test_a_rewrite_that_breaks_off_leaves_nothing(small_clip: Path, monkeypatch:
 
 def test_what_a_killed_run_left_is_removed(small_clip: Path) -> None:
     prepared_model_path(small_clip, "hash")
-    for name, age in (("other.ort.1-1.tmp", 7200), ("new.ort.2-2.tmp", 60), ("user.tmp", 7200)):
+    for name, age in (("other.ort.imagesearch-1-1.tmp", 7200), ("new.ort.imagesearch-2-2.tmp", 60), ("user.tmp", 7200)):
         (cache_folder() / name).write_bytes(b"half")
         os.utime(cache_folder() / name, (time.time() - age, time.time() - age))
     prepared_model_path(small_clip, "hash")
-    assert {path.name for path in cache_folder().glob("*.tmp")} == {"new.ort.2-2.tmp", "user.tmp"}
+    assert {path.name for path in cache_folder().glob("*.tmp")} == {"new.ort.imagesearch-2-2.tmp", "user.tmp"}
 
 
 def test_a_cpu_that_saturates_keeps_the_weights_and_rewrites_nothing(

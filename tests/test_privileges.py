@@ -71,9 +71,9 @@ def test_each_of_the_privileges_is_needed(
     assert PRIVILEGES_HINT in done.stderr
 
 
-def test_messages_and_readme_name_just_these() -> None:
-    readme = (ROOT / "README.md").read_text()
-    key = re.search(r'"privileges": \[([^]]*)\]', readme)
+def test_messages_and_docs_name_just_these() -> None:
+    page = (ROOT / "docs" / "elasticsearch.md").read_text()
+    key = re.search(r'"privileges": \[([^]]*)\]', page)
     assert key
     assert re.findall(r'"(\w+)"', key[1]) == ROLES["creator"]
     for role, script in (("creator", "create.py"), ("searcher", "search.py")):

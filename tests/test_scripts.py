@@ -633,3 +633,32 @@ def test_a_skipped_name_writes_nothing_to_the_terminal(local: Scripts, picture: 
         (local.folder / "images" / name).touch()
     stderr = local.create()
     assert "\x1b" not in stderr and stderr.count("\n") == 2
+
+
+def test_a_search_that_is_cut_off_ends(local: Scripts, birds: list[Path]) -> None:
+    """Its threads end before the index is closed: there is no error and no wait, whenever the reader goes."""
+    local.create()
+    (local.folder / "names.txt").write_text("\n".join(100 * [str(path) for path in birds]))
+    search = f"{sys.executable} {ROOT}/search.py --index {local.index} @names.txt"
+    for number in (1, 1, 40, 700):
+        done = local.shell(f"timeout 60 {search} | head -n {number}; exit ${{PIPESTATUS[0]}}")
+        assert done.returncode == 141 and done.stderr == "", done.stderr
+        assert len(done.stdout.splitlines()) == number
+    done = local.shell(f"timeout 60 {search} --desc Nope")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_names_in_a_file_may_look_like_options(local: Scripts, birds: list[Path]) -> None:
+    local.create()
+    (local.folder / "-k.png").write_bytes(birds[0].read_bytes())
+    (local.folder / "names.txt").write_text("-k.png\n\n")
+    assert local.search("@names.txt")[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    (local.folder / "names.txt").write_bytes(b"caf\xe9.png\n")
+    done = local.run("search.py", "@names.txt")
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1
+
+
+def test_a_buckets_url_with_a_password_is_not_shown(local: Scripts, birds: list[Path]) -> None:
+    local.create()
+    done = local.run("search.py", "s3://user:s3cret@birds/a.jpg")
+    assert done.returncode == 1 and "s3cret" not in done.stdout + done.stderr
