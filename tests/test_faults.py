@@ -72,7 +72,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     fragile_server.kill(fragile_server.nodes[0])
     killed = time.monotonic()
     code, stderr = end(process)
-    assert time.monotonic() - killed > 1.9
+    assert time.monotonic() - killed > 0.9  # the request that was under way counts, too
     assert code == 1
     assert "Retrying in 1 s" in stderr and "Retrying in 2 s" not in stderr  # the last delay is cut to fit
     assert re.search(r"Elasticsearch did not recover within [23] s: .*Run the command again", stderr)
