@@ -97,7 +97,7 @@ class RetryPolicy:
                     f"{service} did not recover within {waited:.0f} s: {reason}."
                     " Run the command again to continue from here."
                 )
-            if self._progress:
+            if self._progress and not self.is_interrupted:
                 self._progress.on_retry(reason, delay)
             if not self._sleep(delay):
                 raise ImageSearchError(
