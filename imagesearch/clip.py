@@ -13,6 +13,7 @@ from PIL import Image
 from imagesearch.cache import model_sha256
 from imagesearch.documents import DIMENSIONS, ModelInfo
 from imagesearch.errors import UsageError
+from imagesearch.images import STRIP_PIXELS
 from imagesearch.int8 import prepared_model_path, session_options
 from imagesearch.parallel import available_cpus
 from imagesearch.paths import quote_path
@@ -23,7 +24,6 @@ IMAGE_SIZE = 224
 # CPU time with AMX; without AMX, or without VNNI, it would pay from about 18 on.
 PREPACK_FROM = 12
 
-STRIP_PIXELS = 1 << 22  # 16 MB as Pillow keeps them
 
 # Of each channel: transformers.image_utils.OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]

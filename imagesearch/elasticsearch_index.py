@@ -1,7 +1,7 @@
 """The index on Elasticsearch, written with its Python client.
 
-Not with the client's ``helpers.streaming_bulk``: it has no limit to the time it retries, cannot be interrupted
-meanwhile, and has no way to tell the user.
+Not with the client's ``helpers.streaming_bulk``: it has no limit to the time it retries, cannot be
+interrupted, and has no way to tell the user.
 """
 
 import functools

@@ -147,7 +147,6 @@ class Embedder:
     def _compute(self, image: OpenedImage) -> Embedding:
         """Raises ValueError if the model gives no embedding that is usable."""
         model = self._load_model()
-        image.stream.seek(0)
         with open_rgb(image.stream) as rgb:
             pixels = model.preprocess(rgb)
         embedding = model.embed(pixels)

@@ -45,7 +45,7 @@ MAX_FULL_SCALE_SIDE = 1 << 14
 # For all images that are in use together, so that a run stays below 1 GB: 150 megapixels of RGBA, for example.
 MAX_DECODING_BYTES = 600_000_000
 
-STRIP_PIXELS = 1 << 22
+STRIP_PIXELS = 1 << 22  # of a strip of rows: 16 MB as Pillow keeps them
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
