@@ -23,8 +23,8 @@ def test_without_model_create_uses_that_of_the_index(scripts: Scripts, picture: 
     """And does not try to download CLIP first."""
     picture("images/a.png")
     model = averaging_model(scripts.folder / "model.onnx")
-    for name in ("thumbnail", str(model)):
-        scripts.index += "-x"
+    for name, suffix in (("thumbnail", ""), (str(model), "-x")):
+        scripts.index += suffix
         scripts.create("--model", name)
         picture("images/b.png", seed=len(name))
         done = scripts.run("create.py")

@@ -184,7 +184,7 @@ def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list
 
 def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, birds: list[Path]) -> None:
     done = scripts.run("search.py", birds[0])
-    assert done.returncode == 2 and "create.py" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and f"There is no index {scripts.index} in " in done.stderr and done.stdout == ""
     scripts.create()
     birds[0].rename(scripts.folder / "elsewhere.png")
     for path in birds[1:]:
