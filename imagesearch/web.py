@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import requests
 import urllib3
@@ -29,6 +29,7 @@ def open_url(url: str) -> Iterator[OpenedImage]:
     with requests.Session() as session:
         session.max_redirects = MAX_REDIRECTS
         session.headers["Accept-Encoding"] = "identity"  # what is compressed has no limit to its size
+        session.hooks["response"].append(_drop_redirect_body)
         response = _until(deadline, lambda: _get(session, url))
         with response:
             length = response.headers.get("Content-Length", "")
@@ -70,6 +71,12 @@ def _get(session: requests.Session, url: str) -> requests.Response:
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise ValueError("the server sends it compressed")
     return response
+
+
+def _drop_redirect_body(response: requests.Response, **_: Any) -> None:
+    """Closes a response that redirects: requests would read its body, whatever its size."""
+    if response.is_redirect:
+        response.close()
 
 
 def _read(response: requests.Response, deadline: float) -> bytes:

@@ -126,11 +126,14 @@ def send(
     handler.wfile.write(content)
 
 
-def redirect(handler: http.server.BaseHTTPRequestHandler, target: str) -> None:
+def redirect(handler: http.server.BaseHTTPRequestHandler, target: str, length: int = 0) -> None:
+    """Redirects, with a body of `length` bytes that never ends."""
     handler.send_response(302)
     handler.send_header("Location", target)
-    handler.send_header("Content-Length", "0")
+    handler.send_header("Content-Length", str(length))
     handler.end_headers()
+    if length:
+        time.sleep(20)
 
 
 def send_without_end(handler: http.server.BaseHTTPRequestHandler, total: int, pause: float) -> None:
@@ -153,6 +156,7 @@ def drip(handler: http.server.BaseHTTPRequestHandler, start: bytes, drop: bytes)
 REPLIES: dict[str, Reply] = {
     "/a.png": lambda handler: send(handler, png(1)),
     "/moved": lambda handler: redirect(handler, "/a.png"),
+    "/moved-at-length": lambda handler: redirect(handler, "/a.png", length=10**9),
     "/loop": lambda handler: redirect(handler, "/loop"),
     "/file": lambda handler: redirect(handler, "file:///etc/passwd"),
     "/short": lambda handler: send(handler, png(1)[:50], length="5000"),

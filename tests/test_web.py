@@ -112,6 +112,13 @@ def test_a_download_has_a_size_limit_whatever_the_server_says(
         pass
 
 
+def test_the_body_of_a_redirect_is_not_read(web: str) -> None:
+    started = time.monotonic()
+    with open_url(f"{web}/moved-at-length") as image:
+        assert image.stream.read() == png(1)
+    assert time.monotonic() - started < 5
+
+
 def test_a_host_that_does_not_answer_is_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Connection refused"), open_url("http://user:hunter2@127.0.0.1:9/a.png"):
         pass
