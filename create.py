@@ -19,9 +19,9 @@ from imagesearch.models import Model, check_compatible, load_index_model, load_m
 from imagesearch.parallel import batch_until_error
 from imagesearch.paths import index_folder, path_to_text, quote_path
 from imagesearch.progress import Progress
-from imagesearch.prune import check_folder, check_prune, prune
+from imagesearch.prune import check_folder, check_moved, check_prune, prune
 from imagesearch.report import SILENT, Report
-from imagesearch.retry import RetryPolicy
+from imagesearch.retry import Retry
 from imagesearch.sources import Part, Source, open_source
 
 PAGE_SIZE = 1000  # images that are looked up in the index at once
@@ -30,11 +30,11 @@ PAGE_SIZE = 1000  # images that are looked up in the index at once
 def main() -> int:
     arguments = parse_create_arguments(__doc__)
     interrupt, progress = Interrupt(), Progress()
-    retry = RetryPolicy(arguments.retry_timeout, interrupt, progress)
+    retry = Retry(arguments.retry_timeout, interrupt, progress.say)
     with open_writable_index(arguments.index, cli.connect(arguments), arguments.db, retry) as index:
         metadata = index.get_metadata()
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
-        check_source(source, index, metadata, arguments)
+        check_source(source, index, metadata, interrupt, arguments)
         metadata, model = prepare_index(index, metadata, arguments)
         with interrupt, progress:
             index.refresh()  # what an interrupted run has written is not embedded again
@@ -45,7 +45,7 @@ def main() -> int:
                     progress.count_written(document)
             index.refresh()
             if arguments.prune and not interrupt.signal:
-                check_source(source, index, metadata, arguments)  # again: the disk may have been unmounted since
+                check_source(source, index, metadata, interrupt, arguments)  # the disk may be unmounted by now
                 for deleted in interrupt.until_interrupted(prune(index, source, arguments.part)):
                     progress.deleted += deleted
                 index.refresh()
@@ -54,14 +54,20 @@ def main() -> int:
 
 
 def check_source(
-    source: Source, index: WritableIndex, metadata: IndexMetadata | None, arguments: argparse.Namespace
+    source: Source,
+    index: WritableIndex,
+    metadata: IndexMetadata | None,
+    interrupt: Interrupt,
+    arguments: argparse.Namespace,
 ) -> None:
-    """Raises UsageError if there are no images, or if --prune might delete what it should not."""
+    """Raises UsageError if there are no images, or they are not those of the index."""
     source.check()
+    if metadata:
+        check_moved(index, metadata, source)
     if arguments.prune and metadata:
         check_folder(metadata, arguments.images)
         if not arguments.prune_all:
-            check_prune(index, source)
+            check_prune(index, source, interrupt)
     if next(source.find_images(), None) is None and not (arguments.prune_all and metadata):
         raise UsageError(
             f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their folder."

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError, describe_error
 from imagesearch.files import stream_sha256
 from imagesearch.images import image_extensions
-from imagesearch.paths import file_path_to_local, normalize_folder, path_to_text, quote_path
+from imagesearch.paths import file_path_to_local, is_ambiguous, normalize_folder, path_to_text, quote_path
 from imagesearch.report import SILENT, Report
 
 MAX_MTIME = 2**63 - 1  # what an index can store, in nanoseconds
@@ -68,6 +69,8 @@ class FolderSource:
                 report.count_unreadable(self._file_path(path), describe_error(error))
 
     def _image(self, path: str, status: os.stat_result) -> ImageFile:
+        if is_ambiguous(path.removeprefix(self._root)):
+            raise OSError(r"names with \x80 to \xff stand for bytes that are not UTF-8; rename it")
         desc = path_to_text(os.path.basename(os.path.dirname(path)))
         return ImageFile(path, self._file_path(path), desc, status.st_size, _mtime(status))
 
@@ -90,13 +93,32 @@ class FolderSource:
 
     def _is_gone(self, file_path: str) -> bool:
         """Returns True if there is no such file; one whose folder cannot be read may be there."""
+        path = file_path_to_local(file_path, self._folder)
         try:
-            os.stat(file_path_to_local(file_path, self._folder))
+            os.stat(path)
+            return _has_other_case(path, self._root)
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
             return False
-        return False
+
+
+def _has_other_case(path: str, root: str) -> bool:
+    """Returns True if the file's name, or that of a folder below `root`, has another letter case now.
+
+    A file system that ignores case finds the file all the same.
+    """
+    while len(path) > len(root):
+        path, name = os.path.split(path)
+        names = _names(path)
+        if name not in names and name.casefold() in map(str.casefold, names):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=64)  # paths come in order
+def _names(folder: str) -> frozenset[str]:
+    return frozenset(os.listdir(folder))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

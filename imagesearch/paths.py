@@ -9,6 +9,9 @@ BUCKET_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
+_ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")  # as path_to_text writes one
+
+
 def path_to_text(path: str) -> str:
     r"""Returns an operating system path as text; a byte that is not UTF-8 becomes ``\xff``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -18,8 +21,12 @@ def path_from_text(text: str) -> str:
     """Returns the operating system path for text from `path_to_text`."""
     if os.path.lexists(text):
         return text
-    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda byte: bytes.fromhex(byte[1].decode()), text.encode())
-    return os.fsdecode(raw)
+    return os.fsdecode(_ESCAPED_BYTE.sub(lambda byte: bytes.fromhex(byte[1].decode()), text.encode()))
+
+
+def is_ambiguous(path: str) -> bool:
+    r"""Returns True if the text of this path is that of another one, too: if it has a ``\xff`` that is no byte."""
+    return "\\x" in path and bool(_ESCAPED_BYTE.search(os.fsencode(path)))
 
 
 def quote_path(path: str) -> str:

@@ -1,14 +1,16 @@
-"""Deleting the documents whose files are gone."""
+"""Deleting the documents whose files are gone, and whether the images are those that were indexed."""
 
 import itertools
 import os
 from collections.abc import Iterator
 
 from imagesearch.documents import IndexMetadata, OpenedImage, document_id
+from imagesearch.embed import CHUNK_BYTES
 from imagesearch.errors import UsageError
 from imagesearch.index import WritableIndex
-from imagesearch.parallel import batch_until_error
-from imagesearch.paths import BUCKET_URL, index_folder, quote_path
+from imagesearch.interrupt import Interrupt
+from imagesearch.parallel import batch_until_error, split
+from imagesearch.paths import BUCKET_URL, index_folder, path_from_text, quote_path
 from imagesearch.sources import Part, Source
 
 BATCH_SIZE = 1000  # documents that are deleted together
@@ -32,34 +34,63 @@ def check_folder(metadata: IndexMetadata, location: str) -> None:
         )
 
 
-def check_prune(index: WritableIndex, source: Source) -> None:
+def check_moved(index: WritableIndex, metadata: IndexMetadata, source: Source) -> None:
+    """Raises UsageError if the index belongs to a folder that is not here, and the images below `source` are others.
+
+    If the folder was moved, its images' contents are in the index. Images of another machine would replace those
+    of the same relative path.
+    """
+    is_here = index_folder(metadata.folder) == path_from_text(metadata.folder)
+    is_relative = source.name == "." or source.name.startswith("./")
+    if not is_here and is_relative and index.count_below(".") and not _has_known_content(index, source):
+        raise UsageError(
+            f"The paths in the index are relative to {quote_path(metadata.folder)}, which is not here, and the images"
+            f" in {quote_path(source.name)} look new: use another --index for them."
+        )
+
+
+def check_prune(index: WritableIndex, source: Source, interrupt: Interrupt) -> None:
     """Raises UsageError if `prune` would delete every document below the source, and its images are all new.
 
     That may be intended; but an unmounted disk, or another folder of the same name, looks the same. If
     the images' contents are in the index, the files were only renamed. What costs least is asked first.
     """
-    first = list(itertools.islice(index.list_paths(source.name), BATCH_SIZE))
-    if not _are_all_gone(source, first) or _has_known_content(index, source):
+    if not _count_all_gone(index, source, interrupt, BATCH_SIZE) or _has_known_content(index, source):
         return
-    paths = list(index.list_paths(source.name)) if len(first) == BATCH_SIZE else first
-    if not _are_all_gone(source, paths):
+    number = _count_all_gone(index, source, interrupt)
+    if not number or interrupt.signal:
         return
     images = sum(1 for _ in source.find_images())
     found = f"the {images:,} images there look new" if images else "there are no images at all"
     raise UsageError(
-        f"--prune would delete all {len(paths):,} documents below {quote_path(source.name)}: none of their files is"
+        f"--prune would delete all {number:,} documents below {quote_path(source.name)}: none of their files is"
         f" left, and {found}. If that is intended, use --prune-all."
     )
 
 
-def _are_all_gone(source: Source, paths: list[str]) -> bool:
-    """Returns True if there are paths, and all of their files are gone; looks no further than the first that is not."""
-    gone = source.find_gone(paths)
-    return bool(paths) and all(path == next(gone, None) for path in paths)
+def _count_all_gone(index: WritableIndex, source: Source, interrupt: Interrupt, limit: int | None = None) -> int:
+    """Returns the number of documents below `source`, of the first `limit`, if all of their files are gone, else 0.
+
+    Looks no further than the first file that is not, or than an interruption.
+    """
+    paths, looked_for = itertools.tee(
+        interrupt.until_interrupted(itertools.islice(index.list_paths(source.name), limit))
+    )
+    gone = source.find_gone(looked_for)
+    number = 0
+    for path in paths:
+        if path != next(gone, None):
+            return 0
+        number += 1
+    return number
 
 
 def _has_known_content(index: WritableIndex, source: Source) -> bool:
     """Returns True if the content of one of the first images below the source is in the index."""
-    with source.open_images(list(itertools.islice(source.find_images(), SAMPLE_SIZE))) as opened:
-        sha256s = [image.sha256 for image in opened if isinstance(image, OpenedImage)]
-    return bool(sha256s) and bool(index.find_embeddings(sha256s))
+    images = itertools.islice(source.find_images(), SAMPLE_SIZE)
+    for chunk in split(images, SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
+        with source.open_images(chunk) as opened:
+            sha256s = [image.sha256 for image in opened if isinstance(image, OpenedImage)]
+        if sha256s and index.find_embeddings(sha256s):
+            return True
+    return False

@@ -7,7 +7,8 @@ import sqlite3
 import time
 from pathlib import Path
 
-from tests.pictures import Picture
+from imagesearch.folder import _has_other_case
+from tests.pictures import Picture, image
 from tests.running import Scripts, counts, end, rows, signals, wait_until
 
 
@@ -149,3 +150,38 @@ def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictu
     assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
     scripts.search("images/1/1.png", "-k", 5, "--html", "page.html")
     assert (scripts.folder / "page.html").read_text().count("<img") == 6
+
+
+def test_an_index_of_another_machine_is_not_overwritten(scripts: Scripts, picture: Picture) -> None:
+    """Another machine has no such folder, but has images of its own at the same relative paths."""
+    home = scripts.folder
+    images(picture)
+    scripts.folder = home / "one"
+    scripts.folder.mkdir()
+    (home / "images").rename(scripts.folder / "images")
+    scripts.create("--db", home / "shared.db")
+    scripts.folder = (home / "one").rename(home / "other")
+    shutil.rmtree(scripts.folder / "images")
+    picture("other/images/0/0.png", seed=100)
+    stderr = scripts.create("--db", home / "shared.db", code=2)
+    assert f"relative to {home}/one, which is not here, and the images in ./images look new" in stderr
+
+
+def test_a_name_in_another_letter_case_is_another_name(tmp_path: Path) -> None:
+    """On macOS and Windows, the file of a document can be found though its name has changed."""
+    (tmp_path / "Osprey").mkdir()
+    (tmp_path / "Osprey" / "a.png").touch()
+    assert not _has_other_case(str(tmp_path / "Osprey" / "a.png"), str(tmp_path))
+    assert _has_other_case(str(tmp_path / "Osprey" / "A.png"), str(tmp_path))
+    assert _has_other_case(str(tmp_path / "osprey"), str(tmp_path))
+    assert not _has_other_case(str(tmp_path / "Osprey" / "b.png"), str(tmp_path))
+
+
+def test_two_names_with_the_same_text_are_not_one_document(local: Scripts) -> None:
+    folder = local.folder / "images"
+    folder.mkdir()
+    for seed, name in enumerate([os.fsdecode(b"caf\xe9.png"), "caf\\xe9.png"]):
+        image((30, 30), seed).save(folder / name)
+    stderr = local.create(code=1)
+    assert counts(stderr) == {"new": 1, "unreadable": 1}
+    assert r"Cannot read './images/caf\xe9.png': names with \x80 to \xff stand for bytes" in stderr
