@@ -22,11 +22,11 @@ from imagesearch.images import image_extensions
 from imagesearch.parallel import batch_until_error
 from imagesearch.paths import quote_path
 from imagesearch.report import SILENT, Report
-from imagesearch.retry import RetryableError, RetryPolicy
+from imagesearch.retry import Retry, RetryableError
 
 Result = TypeVar("Result")
 
-# obstore's own retries cover brief failures; RetryPolicy, which the user sees, covers longer ones.
+# obstore's own retries cover brief failures; Retry, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 # TIMEOUT is for a whole request: obstore's 30 seconds are too short for many large objects at once. READ_TIMEOUT is for
 # a server that is silent. They are set as variables, since client_options would replace all of the user's own.
@@ -55,15 +55,21 @@ class BucketSource:
 
     readers_per_cpu = 2.0  # reading is mostly waiting
 
-    def __init__(self, url: str, retry: RetryPolicy) -> None:
+    def __init__(self, url: str, retry: Retry) -> None:
         self._bucket_url, self._prefix = _split_url(url)
         self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
         self._store = _open_store(self._bucket_url)
         self._retry = retry
+        self._service = f"The bucket {self._bucket_url}"
 
     def check(self) -> None:
         try:
-            _translated(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url)
+            self._retry.run_interruptibly(
+                self._service,
+                lambda: _translated(
+                    lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url
+                ),
+            )
         except RetryableError as error:
             raise ImageSearchError(f"The bucket cannot be reached: {error}. {error.hint}") from None
         except OSError as error:
@@ -193,8 +199,7 @@ class BucketSource:
                 offset = max(offset, error.next_key)
 
     def _call_interruptibly(self, function: Callable[[], Result]) -> Result:
-        service = f"The bucket {self._bucket_url}"
-        return self._retry.call_interruptibly(service, lambda: _translated(function, self._bucket_url))
+        return self._retry.call_interruptibly(self._service, lambda: _translated(function, self._bucket_url))
 
 
 class InvalidKeyError(Exception):
@@ -217,7 +222,7 @@ class InvalidKeyError(Exception):
 
 
 @contextlib.contextmanager
-def open_object(url: str, retry: RetryPolicy) -> Iterator[OpenedImage]:
+def open_object(url: str, retry: Retry) -> Iterator[OpenedImage]:
     """Yields the object with this URL.
 
     Raises OSError or ValueError if it cannot be read, ImageSearchError if the bucket cannot be reached.
@@ -229,7 +234,7 @@ def open_object(url: str, retry: RetryPolicy) -> Iterator[OpenedImage]:
         yield _read(bucket_url, key, retry)
 
 
-def _read(bucket_url: str, key: str, retry: RetryPolicy) -> OpenedImage:
+def _read(bucket_url: str, key: str, retry: Retry) -> OpenedImage:
     """Returns an object. Raises as `open_object` does."""
 
     def get() -> tuple[Any, bytes]:
@@ -259,7 +264,7 @@ def _open_store(bucket_url: str) -> Any:
         ) from None
 
 
-def _call(function: Callable[[], Result], bucket_url: str, retry: RetryPolicy, is_one_object: bool = False) -> Result:
+def _call(function: Callable[[], Result], bucket_url: str, retry: Retry, is_one_object: bool = False) -> Result:
     """Returns ``function()``, retried, with obstore's errors translated."""
     return retry.call(f"The bucket {bucket_url}", lambda: _translated(function, bucket_url, is_one_object))
 

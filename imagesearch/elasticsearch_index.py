@@ -31,13 +31,14 @@ from imagesearch.elasticsearch_errors import (
 from imagesearch.elasticsearch_search import META_KEY, REQUEST_TIMEOUT_SECONDS, Body, ElasticsearchSearch
 from imagesearch.errors import ImageSearchError, LostIndexError, UsageError
 from imagesearch.parallel import batch_until_error, map_buffered
-from imagesearch.retry import RetryableError, RetryPolicy
+from imagesearch.retry import Retry, RetryableError
 
 Result = TypeVar("Result")
 
 Pending = dict[str, list[Any]]  # by _id, the lines of the bulk actions that are not done yet, as JSON
 
 BULK_SIZE = 128  # documents in one bulk request: about 1 MB
+DEAD_NODE_SECONDS = 60  # for which a node that has failed gets no requests, if there are others
 BULK_REQUESTS = 4  # under way at once, so that a distant server is not waited for
 PAGE_SIZE = 1000  # documents in one page of a listing
 
@@ -65,7 +66,7 @@ KEEP_VECTORS = {"index.mapping.exclude_source_vectors": False}
 class ElasticsearchIndex(ElasticsearchSearch):
     """A `WritableIndex` on Elasticsearch. What it does is retried by `retry` while Elasticsearch is unreachable."""
 
-    def __init__(self, connection: Connection, index: str, retry: RetryPolicy) -> None:
+    def __init__(self, connection: Connection, index: str, retry: Retry) -> None:
         super().__init__(connection, index, retry)
         self._bulk_size = BULK_SIZE
         options: dict[str, Any] = {}
@@ -78,6 +79,9 @@ class ElasticsearchIndex(ElasticsearchSearch):
             headers=connection.headers,
             request_timeout=retry.request_timeout(REQUEST_TIMEOUT_SECONDS),
             serializer=OrjsonSerializer(),
+            # Doubled with each failure: a node that is frozen would otherwise be tried again after a second.
+            dead_node_backoff_factor=DEAD_NODE_SECONDS,
+            max_dead_node_backoff=10 * DEAD_NODE_SECONDS,
             **options,
         )
 

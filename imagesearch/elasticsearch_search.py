@@ -22,7 +22,7 @@ from imagesearch.elasticsearch_errors import (
     parse_response,
 )
 from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.retry import NO_RETRY, RetryableError, RetryPolicy
+from imagesearch.retry import NO_RETRY, Retry, RetryableError
 
 Result = TypeVar("Result")
 Body = dict[str, Any]
@@ -52,7 +52,7 @@ class ElasticsearchSearch:
     to another index, ImageSearchError is raised, since embeddings of another model may be there.
     """
 
-    def __init__(self, connection: Connection, index: str, retry: RetryPolicy = NO_RETRY) -> None:
+    def __init__(self, connection: Connection, index: str, retry: Retry = NO_RETRY) -> None:
         self._connection = connection
         self._index = index
         self._retry = retry

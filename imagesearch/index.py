@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 from imagesearch.cli import DEFAULT_DATABASE
 from imagesearch.connection import Connection
 from imagesearch.documents import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
-from imagesearch.retry import RetryPolicy
+from imagesearch.retry import Retry
 
 
 class Index(Protocol):
@@ -97,9 +97,7 @@ def open_index(name: str, connection: Connection | None, database: Path | None) 
     return ElasticsearchSearch(connection, name)
 
 
-def open_writable_index(
-    name: str, connection: Connection | None, database: Path | None, retry: RetryPolicy
-) -> WritableIndex:
+def open_writable_index(name: str, connection: Connection | None, database: Path | None, retry: Retry) -> WritableIndex:
     """Returns the index as `open_index` does, to be written to; requests to Elasticsearch are retried by `retry`."""
     if connection is None:
         from imagesearch.sqlite_index import SqliteIndex

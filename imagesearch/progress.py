@@ -33,8 +33,6 @@ class Progress:
         self._started = time.monotonic()
         self._embedding_started: float | None = None
         self._next_line = self._started + LINE_INTERVAL_SECONDS
-        self._said: dict[str, float] = {}  # when it may be said again
-        self._lock = threading.Lock()
         self._bar = tqdm(disable=True)
         self._is_closed = False
 
@@ -70,22 +68,6 @@ class Progress:
         """Prints a line above the bar; nothing if it cannot be written."""
         with tqdm.external_write_mode(sys.stderr):
             cli.say(text)
-
-    def on_retry(self, reason: str, delay: float) -> None:
-        """Says what is retried; once if several threads retry the same."""
-        self._say_once(f"Retrying in {delay:.0f} s: {reason}." if delay >= 1 else f"Retrying: {reason}.", delay / 2)
-
-    def on_silence(self, service: str) -> None:
-        """Says that a request has had no answer for some seconds."""
-        self._say_once(f"Waiting for an answer: {service} has been silent for some seconds.", LINE_INTERVAL_SECONDS)
-
-    def _say_once(self, text: str, seconds: float) -> None:
-        """Prints a line, unless the same was printed less than `seconds` ago."""
-        with self._lock:
-            if time.monotonic() < self._said.get(text, 0):
-                return
-            self._said[text] = time.monotonic() + seconds
-        self.say(text)
 
     def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image; `kind` is its extension, or "hidden" and the like."""

@@ -5,21 +5,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from imagesearch import cli
 from imagesearch.errors import ImageSearchError
+from imagesearch.interrupt import POLL_SECONDS, Interrupt
 from imagesearch.parallel import start_thread
-
-if TYPE_CHECKING:
-    from imagesearch.interrupt import Interrupt
-    from imagesearch.progress import Progress
 
 Result = TypeVar("Result")
 
 INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 8.0
-POLL_SECONDS = 0.1
 INTERRUPTED_SECONDS = 2  # for which an answer is still waited for after an interruption
 SILENCE_SECONDS = 5  # without an answer, before the user is told
+SILENCE_INTERVAL_SECONDS = 30  # before the user is told again
 
 
 class RetryableError(Exception):
@@ -35,23 +33,22 @@ class RetryableError(Exception):
         self.partially_done = partially_done
 
 
-class RetryPolicy:
-    """How long to retry one service, and whom to tell. Safe to use from several threads.
+class Retry:
+    """How long to retry a service, and how the user is told. Safe to use from several threads.
 
     An outage has one time limit: a call that fails after others have failed, with no success in between,
-    has what is left of theirs.
+    has what is left of theirs. With a time limit of 0 nothing is retried.
     """
 
     def __init__(
-        self,
-        timeout_seconds: float = 0,
-        interrupt: "Interrupt | None" = None,
-        progress: "Progress | None" = None,
+        self, timeout_seconds: float = 0, interrupt: Interrupt | None = None, say: Callable[[str], None] = cli.say
     ) -> None:
         self._timeout_seconds = timeout_seconds
-        self._interrupt = interrupt
-        self._progress = progress
+        self._interrupt = interrupt or Interrupt()
+        self._say = say
         self._outages: dict[str, float] = {}  # when they began, by service
+        self._said: dict[str, float] = {}  # when it may be said again
+        self._lock = threading.Lock()
 
     def request_timeout(self, seconds: float) -> float:
         """Returns how long to wait for an answer: `seconds`, less if the time limit is shorter, but at least 5."""
@@ -62,11 +59,6 @@ class RetryPolicy:
         """True if the last call of a service failed."""
         return bool(self._outages)
 
-    @property
-    def is_interrupted(self) -> bool:
-        """True if the run was interrupted."""
-        return self._interrupt is not None and self._interrupt.signal != 0
-
     def call(self, service: str, function: Callable[[], Result]) -> Result:
         """Returns ``function()``, repeated while it raises RetryableError.
 
@@ -76,7 +68,7 @@ class RetryPolicy:
         started: float | None = None
         while True:
             try:
-                with self._said_if_silent(service):
+                with self._say_if_silent(service):
                     result = function()
             except RetryableError as error:
                 reason = str(error)
@@ -97,9 +89,10 @@ class RetryPolicy:
                     f"{service} did not recover within {waited:.0f} s: {reason}."
                     " Run the command again to continue from here."
                 )
-            if self._progress and not self.is_interrupted:
-                self._progress.on_retry(reason, delay)
-            if not self._sleep(delay):
+            if not self._interrupt.signal:
+                when = f" in {delay:.0f} s" if delay >= 1 else ""
+                self._say_once(f"Retrying{when}: {reason}.", delay / 2)
+            if not self._interrupt.sleep(delay):
                 raise ImageSearchError(
                     f"Interrupted while retrying: {reason}. Run the command again to continue from here."
                 )
@@ -111,32 +104,24 @@ class RetryPolicy:
         ``function()`` runs on another thread: while it waits inside a library that is not Python, no signal handler
         could run on this one.
         """
-        return self.call(service, lambda: self._on_thread(service, function))
+        return self.call(service, lambda: self.run_interruptibly(service, function))
 
-    def _on_thread(self, service: str, function: Callable[[], Result]) -> Result:
+    def run_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
+        """Returns ``function()`` as `call_interruptibly` does, but does not retry it."""
         future = start_thread(function)
         interrupted: float | None = None
         while not wait([future], timeout=POLL_SECONDS).done:
-            if self.is_interrupted:
+            if self._interrupt.signal:
                 interrupted = interrupted or time.monotonic()
             if interrupted and time.monotonic() - interrupted > INTERRUPTED_SECONDS:
                 raise ImageSearchError(f"Interrupted while waiting for an answer. {service} is silent.")
         return future.result()
 
-    def _sleep(self, seconds: float) -> bool:
-        """Waits; returns False if the run was interrupted."""
-        if self._interrupt:
-            return self._interrupt.sleep(seconds)
-        time.sleep(seconds)
-        return True
-
     @contextlib.contextmanager
-    def _said_if_silent(self, service: str) -> Iterator[None]:
+    def _say_if_silent(self, service: str) -> Iterator[None]:
         """Tells the user if the block takes long: a server that answers nothing looks like a program that hangs."""
-        if not self._progress:
-            yield
-            return
-        timer = threading.Timer(SILENCE_SECONDS, self._progress.on_silence, [service])
+        text = f"Still waiting for an answer: {service} has given none for some seconds."
+        timer = threading.Timer(SILENCE_SECONDS, self._say_once, [text, SILENCE_INTERVAL_SECONDS])
         timer.daemon = True
         timer.start()
         try:
@@ -144,5 +129,13 @@ class RetryPolicy:
         finally:
             timer.cancel()
 
+    def _say_once(self, text: str, seconds: float) -> None:
+        """Prints a line, unless another thread has printed the same less than `seconds` ago."""
+        with self._lock:
+            if time.monotonic() < self._said.get(text, 0):
+                return
+            self._said[text] = time.monotonic() + seconds
+        self._say(text)
 
-NO_RETRY = RetryPolicy()
+
+NO_RETRY = Retry()

@@ -14,7 +14,7 @@ from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError
 from imagesearch.paths import BUCKET_URL, HTTP_URL
 from imagesearch.report import SILENT, Report
-from imagesearch.retry import NO_RETRY, RetryPolicy
+from imagesearch.retry import NO_RETRY, Retry
 
 
 class Source(Protocol):
@@ -69,7 +69,7 @@ class Part:
         return int(id_[:16], 16) % self.count == self.number - 1
 
 
-def open_source(location: str, folder: str, retry: RetryPolicy) -> Source:
+def open_source(location: str, folder: str, retry: Retry) -> Source:
     """Returns the bucket or folder that ``--images`` names.
 
     `folder` is the absolute path that the index's relative paths are relative to. Reading a bucket is

@@ -22,8 +22,7 @@ from imagesearch.connection import Connection
 from imagesearch.documents import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
 from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.interrupt import Interrupt
-from imagesearch.progress import Progress
-from imagesearch.retry import RetryPolicy
+from imagesearch.retry import Retry
 from tests.http_servers import NotElasticsearch
 from tests.pictures import Picture, averaging_model
 from tests.running import (
@@ -113,16 +112,12 @@ def test_a_server_that_does_not_answer_is_retried(
     pid = process.pid
     said: list[str] = []
 
-    class Listening(Progress):
-        def on_retry(self, reason: str, delay: float) -> None:
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("Retrying"):
             os.killpg(pid, signal.SIGCONT)
-            super().on_retry(reason, delay)
 
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    policy = RetryPolicy(30, Interrupt(), Listening())
-    with ElasticsearchIndex(connection, "test-silent", policy) as index:
+    with ElasticsearchIndex(connection, "test-silent", Retry(30, Interrupt(), say)) as index:
         index.create(METADATA)
         index.get_metadata()
         index.refresh()
@@ -130,7 +125,7 @@ def test_a_server_that_does_not_answer_is_retried(
         document = Document(ImageFile(path, path, "a", 1, 1), "0" * 64, np.ones(768, np.float32))
         os.killpg(process.pid, signal.SIGSTOP)
         assert list(index.write([document])) == [document]
-        assert said[0] == "Waiting for an answer: Elasticsearch has been silent for some seconds."
+        assert said[0] == "Still waiting for an answer: Elasticsearch has given none for some seconds."
         assert re.match(r"Retrying in 1 s: no answer from https://localhost", said[1])
 
 

@@ -9,17 +9,11 @@ import pytest
 from imagesearch import retry
 from imagesearch.errors import ImageSearchError
 from imagesearch.interrupt import Interrupt
-from imagesearch.progress import Progress
-from imagesearch.retry import NO_RETRY, RetryableError, RetryPolicy
+from imagesearch.retry import NO_RETRY, Retry, RetryableError
 
 
-class Quiet(Progress):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+def quietly(text: str) -> None:
+    """Says nothing."""
 
 
 @pytest.fixture
@@ -32,42 +26,42 @@ def fail() -> None:
 
 
 def test_an_outage_has_one_time_limit_however_many_calls_meet_it(fast: None) -> None:
-    policy = RetryPolicy(0.5, Interrupt(), Quiet())
+    retrying = Retry(0.5, Interrupt(), quietly)
     started = time.monotonic()
     with pytest.raises(ImageSearchError, match="did not recover"):
-        policy.call("It", fail)
+        retrying.call("It", fail)
     first = time.monotonic() - started
     assert 0.5 <= first < 2
     with pytest.raises(ImageSearchError, match="did not recover"):
-        policy.call("It", fail)
+        retrying.call("It", fail)
     assert time.monotonic() - started < first + 0.3
-    assert policy.call("It", lambda: 7) == 7  # the outage has ended
+    assert retrying.call("It", lambda: 7) == 7  # the outage has ended
     started = time.monotonic()
     with pytest.raises(ImageSearchError):
-        policy.call("It", fail)
+        retrying.call("It", fail)
     assert time.monotonic() - started >= 0.5
 
 
 def test_a_call_that_always_fails_gives_up_though_others_succeed(fast: None) -> None:
-    policy = RetryPolicy(0.5, Interrupt(), Quiet())
+    retrying = Retry(0.5, Interrupt(), quietly)
     stop = threading.Event()
 
     def succeed() -> None:
         while not stop.is_set():
-            policy.call("It", lambda: None)
+            retrying.call("It", lambda: None)
             time.sleep(0.01)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(succeed)
         try:
             with pytest.raises(ImageSearchError, match="did not recover"):
-                policy.call("It", fail)
+                retrying.call("It", fail)
         finally:
             stop.set()
 
 
 def test_progress_starts_the_time_limit_again(fast: None) -> None:
-    policy = RetryPolicy(0.3, Interrupt(), Quiet())
+    retrying = Retry(0.3, Interrupt(), quietly)
     results = [RetryableError("half", partially_done=True)] * 8
 
     def half() -> str:
@@ -76,7 +70,7 @@ def test_progress_starts_the_time_limit_again(fast: None) -> None:
         return "done"
 
     started = time.monotonic()
-    assert policy.call("It", half) == "done"
+    assert retrying.call("It", half) == "done"
     assert time.monotonic() - started > 0.3
 
 
@@ -87,18 +81,18 @@ def test_without_a_time_limit_the_hint_is_said_at_once() -> None:
 
 def test_silence_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.05)
-    progress = Quiet()
-    policy = RetryPolicy(10, Interrupt(), progress)
+    said: list[str] = []
+    retrying = Retry(10, Interrupt(), said.append)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: policy.call("It", lambda: time.sleep(0.3)), range(4)))
-    assert progress.said == ["Waiting for an answer: It has been silent for some seconds."]
+        list(pool.map(lambda _: retrying.call("It", lambda: time.sleep(0.3)), range(4)))
+    assert said == ["Still waiting for an answer: It has given none for some seconds."]
 
 
 def test_an_interruption_ends_a_call_that_hangs() -> None:
     interrupt = Interrupt()
-    policy = RetryPolicy(100, interrupt, Quiet())
+    retrying = Retry(100, interrupt, quietly)
     threading.Timer(0.2, lambda: setattr(interrupt, "signal", 2)).start()
     started = time.monotonic()
     with pytest.raises(ImageSearchError, match="Interrupted"):
-        policy.call_interruptibly("It", lambda: time.sleep(30))
+        retrying.call_interruptibly("It", lambda: time.sleep(30))
     assert time.monotonic() - started < 5
