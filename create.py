@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 
-from imagesearch import cli
+from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
+from imagesearch.connection import connect
 from imagesearch.documents import Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError, UsageError
@@ -31,7 +32,7 @@ def main() -> int:
     arguments = parse_create_arguments(__doc__)
     interrupt, progress = Interrupt(), Progress()
     retry = Retry(arguments.retry_timeout, interrupt, progress.say)
-    with open_writable_index(arguments.index, cli.connect(arguments), arguments.db, retry) as index:
+    with open_writable_index(arguments.index, connect(arguments.insecure), arguments.db, retry) as index:
         metadata = index.get_metadata()
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
         check_source(source, index, metadata, interrupt, arguments)
@@ -93,9 +94,9 @@ def prepare_index(
         check_compatible(created.model, model.info)
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
-    cli.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+    console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
     if arguments.part.count > 1 and not os.environ.get("ES_URL"):
-        cli.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
+        console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     return metadata, model
 
 
@@ -125,11 +126,11 @@ def say_what_is_left(
     """Says how many images are left after an interruption, or how many documents have no file any more."""
     if interrupt.signal:
         left = f" with the {progress.left:,} images that are left" if progress.left else ""
-        cli.say(f"Run the command again to continue{left}.")
+        console.say(f"Run the command again to continue{left}.")
     elif arguments.part.count == 1 and not arguments.prune and not progress.unreadable:
         gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
         if gone > 0:
-            cli.say(f"The files of {gone:,} documents are gone; --prune deletes the documents.")
+            console.say(f"The files of {gone:,} documents are gone; --prune deletes the documents.")
 
 
 if __name__ == "__main__":

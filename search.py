@@ -15,8 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagesearch import cli
+from imagesearch import console
 from imagesearch.arguments import parse_search_arguments
+from imagesearch.connection import connect
 from imagesearch.documents import IndexMetadata, ModelInfo, Unreadable
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
@@ -41,19 +42,19 @@ class Result:
 def main() -> int:
     arguments = parse_search_arguments(__doc__)
     code = 0
-    with open_index(arguments.index, cli.connect(arguments), arguments.db) as index:
+    with open_index(arguments.index, connect(arguments.insecure), arguments.db) as index:
         metadata = get_metadata(index, arguments)
         page = open_page(index, metadata, arguments) if arguments.html is not None else None
         get_model = model_loader(metadata.model, arguments)
         queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
         with closing(queries), closing(search_all(queries, index, arguments)) as results:  # their threads end first
             for result in results:
-                cli.write_line(json.dumps(result.response, ensure_ascii=False))
+                console.write_line(json.dumps(result.response, ensure_ascii=False))
                 code |= explain(result)
                 if page:
                     page.add(result.query, result.response)
         if page and page.write():
-            cli.say(f"The page of results is {quote_path(str(arguments.html))}.")
+            console.say(f"The page of results is {quote_path(str(arguments.html))}.")
     return code
 
 
@@ -62,7 +63,7 @@ def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
     if metadata := index.get_metadata():
         check_version(metadata.model)
         if sys.stderr.isatty():
-            cli.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+            console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
         return metadata
     others = ", ".join(f"{name} ({model})" for name, model in index.list_indexes().items())
     if others:
@@ -119,7 +120,7 @@ def check_class(index: Index, arguments: argparse.Namespace) -> None:
     """Raises UsageError if the index is empty, ImageSearchError if it has no such class: then nothing can be found."""
     if arguments.desc is None and arguments.min_score is not None:
         return
-    classes = index.count_classes()
+    classes = index.list_classes()
     if not classes:
         raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
     if arguments.desc is None or arguments.desc in classes:
@@ -143,14 +144,14 @@ def explain(result: Result) -> int:
     """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # where it stands already
-            cli.say(result.response["error"]["reason"])
+            console.say(result.response["error"]["reason"])
         return 1
     if sys.stdout.isatty():
         for hit in result.response["hits"]["hits"]:
             fields = hit["fields"]
-            cli.say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
+            console.say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
     if not is_complete(result):
-        cli.say("Warning: some shards failed or timed out; there may be nearer images.")
+        console.say("Warning: some shards failed or timed out; there may be nearer images.")
     return 0 if is_complete(result) else 1
 
 

@@ -1,16 +1,17 @@
 """The command lines of both scripts."""
 
 import argparse
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from imagesearch.cli import DEFAULT_DATABASE
 from imagesearch.errors import UsageError
 from imagesearch.paths import local_path, path_to_text, quote_path
 from imagesearch.sources import Part
 
+DEFAULT_DATABASE = "imagesearch.db"
 MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 
 CREATE_EXAMPLES = """\
@@ -71,7 +72,7 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--part",
         metavar="I/N",
-        type=Part.parse,
+        type=part,
         default=Part(),
         help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
     )
@@ -90,6 +91,7 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
         proposal = "" if others[0].startswith("-") else f"; to index a folder or bucket, use --images {name}"
         parser.error(f"unrecognized arguments: {name}{proposal}")
     arguments.prune |= arguments.prune_all
+    parser.check_index_options(arguments)
     return arguments
 
 
@@ -116,7 +118,16 @@ def parse_search_arguments(description: str | None) -> argparse.Namespace:
         parser.error("the names in @FILE must be UTF-8: give others on the command line")
     if arguments.image.count("-") > 1:
         parser.error("argument IMAGE: standard input (-) can be read only once")
+    parser.check_index_options(arguments)
     return arguments
+
+
+def part(text: str) -> Part:
+    """Returns the part of --part, such as 2/5."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
+    if not match or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError("must be I/N with I from 1 to N, for example 2/5")
+    return Part(int(match[1]), int(match[2]))
 
 
 def number_of_images(text: str) -> int:
@@ -158,6 +169,12 @@ class Parser(argparse.ArgumentParser):
             help=f"a local index file, which is used if ES_URL is not set (default: {DEFAULT_DATABASE})",
         )
         self.add_argument("--insecure", action="store_true", help="do not verify the server's certificate")
+
+    def check_index_options(self, arguments: argparse.Namespace) -> None:
+        """Ends the process if --db contradicts ES_URL; sets the default of --db."""
+        if arguments.db and os.environ.get("ES_URL", "").strip():
+            self.error("ES_URL is set, and --db names a local index file: unset ES_URL, or leave out --db")
+        arguments.db = arguments.db or Path(DEFAULT_DATABASE)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the argument in a line of ``@FILE``: a name, even if it looks like an option."""

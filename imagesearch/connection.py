@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from imagesearch.console import say
 from imagesearch.errors import UsageError
 from imagesearch.paths import quote_path
 
@@ -106,6 +107,20 @@ class Connection:
     def __str__(self) -> str:
         """The hosts, as messages name them."""
         return ", ".join(self.hosts)
+
+
+def connect(insecure: bool) -> Connection | None:
+    """Returns the connection that the environment names, None for the local index file.
+
+    If `insecure`, the server's certificate is not verified, and the user is warned.
+    """
+    connection = Connection.from_env(os.environ, verify_certs=not insecure)
+    if connection and insecure:
+        say(
+            "Warning: --insecure does not verify the server's certificate: an attacker on the network could intercept"
+            " the credentials."
+        )
+    return connection
 
 
 def parse_url(text: str) -> SplitResult:

@@ -116,12 +116,12 @@ class ElasticsearchSearch:
             raise ImageSearchError(str(error)) from None
         return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
 
-    def count_classes(self) -> dict[str, int]:
+    def list_classes(self) -> list[str]:
         aggregation = {"classes": {"terms": {"field": "desc", "size": MAX_CANDIDATES}}}
         status, body = self._request_once("POST", f"{quote(self._index)}/_search", {"size": 0, "aggs": aggregation})
         if status != 200 or body["_shards"]["failed"]:
             raise ImageSearchError(f"Elasticsearch cannot list the classes of {self._index}: {error_reason(body)}.")
-        return {bucket["key"]: bucket["doc_count"] for bucket in body["aggregations"]["classes"]["buckets"]}
+        return [bucket["key"] for bucket in body["aggregations"]["classes"]["buckets"]]
 
     def search(
         self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
@@ -218,7 +218,7 @@ def _open_session(connection: Connection) -> requests.Session:
         session.mount(connection.hosts[0].partition(":")[0] + "://", HTTPAdapter(pool_maxsize=MAX_SEARCHES))
         session.verify = connection.verify_certs
         if not connection.verify_certs:
-            warnings.filterwarnings("ignore", "Unverified HTTPS request")  # cli.py has warned already
+            warnings.filterwarnings("ignore", "Unverified HTTPS request")  # the user is warned already
     return session
 
 

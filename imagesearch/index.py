@@ -5,7 +5,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from imagesearch.cli import DEFAULT_DATABASE
 from imagesearch.connection import Connection
 from imagesearch.documents import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
 from imagesearch.retry import Retry
@@ -46,8 +45,8 @@ class Index(Protocol):
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
         """Returns the embeddings of documents with these contents, by their SHA-256 in hex."""
 
-    def count_classes(self) -> dict[str, int]:
-        """Returns the number of documents of each class (`desc`)."""
+    def list_classes(self) -> list[str]:
+        """Returns the classes (`desc`) that documents have."""
 
     def search(
         self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
@@ -83,7 +82,7 @@ class WritableIndex(Index, Protocol):
         """Makes everything written visible to searches."""
 
 
-def open_index(name: str, connection: Connection | None, database: Path | None) -> Index:
+def open_index(name: str, connection: Connection | None, database: Path) -> Index:
     """Returns the index `name` on Elasticsearch, or in the file `database` if there is no connection.
 
     Each kind is imported when it is used.
@@ -91,18 +90,18 @@ def open_index(name: str, connection: Connection | None, database: Path | None) 
     if connection is None:
         from imagesearch.sqlite_index import SqliteIndex
 
-        return SqliteIndex(database or Path(DEFAULT_DATABASE), name)
+        return SqliteIndex(database, name)
     from imagesearch.elasticsearch_search import ElasticsearchSearch
 
     return ElasticsearchSearch(connection, name)
 
 
-def open_writable_index(name: str, connection: Connection | None, database: Path | None, retry: Retry) -> WritableIndex:
+def open_writable_index(name: str, connection: Connection | None, database: Path, retry: Retry) -> WritableIndex:
     """Returns the index as `open_index` does, to be written to; requests to Elasticsearch are retried by `retry`."""
     if connection is None:
         from imagesearch.sqlite_index import SqliteIndex
 
-        return SqliteIndex(database or Path(DEFAULT_DATABASE), name)
+        return SqliteIndex(database, name)
     from imagesearch.elasticsearch_index import ElasticsearchIndex
 
     return ElasticsearchIndex(connection, name, retry)

@@ -11,7 +11,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from imagesearch import cli
+from imagesearch import console
 from imagesearch.documents import Document, MetadataUpdate
 from imagesearch.paths import quote_path
 
@@ -67,7 +67,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line above the bar; nothing if it cannot be written."""
         with tqdm.external_write_mode(sys.stderr):
-            cli.say(text)
+            console.say(text)
 
     def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image; `kind` is its extension, or "hidden" and the like."""

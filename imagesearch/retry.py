@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from typing import TypeVar
 
-from imagesearch import cli
+from imagesearch import console
 from imagesearch.errors import ImageSearchError
 from imagesearch.interrupt import POLL_SECONDS, Interrupt
 from imagesearch.parallel import start_thread
@@ -41,7 +41,7 @@ class Retry:
     """
 
     def __init__(
-        self, timeout_seconds: float = 0, interrupt: Interrupt | None = None, say: Callable[[str], None] = cli.say
+        self, timeout_seconds: float = 0, interrupt: Interrupt | None = None, say: Callable[[str], None] = console.say
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._interrupt = interrupt or Interrupt()

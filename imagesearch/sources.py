@@ -1,13 +1,11 @@
 """The contract of a source of images, and which one is used: a folder or a bucket, for queries also others."""
 
-import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, opened_from_memory
 from imagesearch.documents import ImageFile, OpenedImage, Unreadable
@@ -55,14 +53,6 @@ class Part:
 
     number: int = 1
     count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Returns a part such as 2/5, the value of ``--part``."""
-        match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
-        if not match or int(match[1]) > int(match[2]):
-            raise argparse.ArgumentTypeError("must be I/N with I from 1 to N, for example 2/5")
-        return cls(int(match[1]), int(match[2]))
 
     def contains(self, id_: str) -> bool:
         """Returns True if the document with this ``_id``, a SHA-256 in hex, is in this part."""

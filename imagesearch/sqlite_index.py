@@ -194,10 +194,9 @@ class SqliteIndex:
     def refresh(self) -> None:
         """Does nothing: what is committed is visible."""
 
-    def count_classes(self) -> dict[str, int]:
-        return dict(
-            self._select('SELECT "desc", count(*) FROM images WHERE index_name = ? GROUP BY "desc"', self._name)
-        )
+    def list_classes(self) -> list[str]:
+        query = 'SELECT DISTINCT "desc" FROM images WHERE index_name = ?'
+        return [desc for (desc,) in self._select(query, self._name)]
 
     def search(
         self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None

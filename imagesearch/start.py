@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from imagesearch.cli import OutputError, say
+from imagesearch.console import OutputError, say
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.paths import quote_path
 

@@ -214,7 +214,7 @@ def calls(scripts: Scripts) -> int:
 def open_scripts_index(scripts: Scripts, folder: Path) -> WritableIndex:
     """The index that the scripts use; in `folder`, if it is a local file."""
     connection = Connection.from_env(scripts.environment)
-    return open_writable_index(scripts.index, connection, None if connection else folder / "imagesearch.db", NO_RETRY)
+    return open_writable_index(scripts.index, connection, folder / "imagesearch.db", NO_RETRY)
 
 
 def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,22 @@
+"""Messages to the user, on stderr, and results, on stdout. Imports the standard library only."""
+
+import os
+from contextlib import suppress
+
+
+def say(text: str) -> None:
+    """Prints one line for the user, on stderr; nothing if it cannot be written."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a print would try again at the end
+
+
+class OutputError(Exception):
+    """The results could not be written to stdout; the cause is an OSError."""
+
+
+def write_line(text: str) -> None:
+    """Prints one line of results on stdout. Raises OutputError."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OutputError from error
