@@ -11,7 +11,7 @@ from contextlib import closing
 from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
 from imagesearch.connection import connect
-from imagesearch.documents import Candidate, ImageFile, IndexMetadata
+from imagesearch.documents import BATCH_SIZE, Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import WritableIndex, open_writable_index
@@ -24,8 +24,6 @@ from imagesearch.prune import check_folder, check_moved, check_prune, prune
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import Retry
 from imagesearch.sources import Part, Source, open_source
-
-PAGE_SIZE = 1000  # images that are looked up in the index at once
 
 
 def main() -> int:
@@ -109,9 +107,9 @@ def find_changed(
     images: Iterator[ImageFile], index: WritableIndex, interrupt: Interrupt, progress: Progress
 ) -> Iterator[Candidate]:
     """Yields new and changed images, until the run is interrupted."""
-    for page in batch_until_error(interrupt.until_interrupted(images), PAGE_SIZE):
-        indexed = index.get_file_metadata([image.id for image in page])
-        for image in interrupt.until_interrupted(page):
+    for batch in batch_until_error(interrupt.until_interrupted(images), BATCH_SIZE):
+        indexed = index.get_file_metadata([image.id for image in batch])
+        for image in interrupt.until_interrupted(batch):
             known = indexed.get(image.id)
             if known and (known.size, known.mtime) == (image.size, image.mtime):
                 progress.count_unchanged()

@@ -16,7 +16,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import from_url
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
-from imagesearch.documents import ImageFile, OpenedImage, Unreadable
+from imagesearch.documents import BATCH_SIZE, ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.images import image_extensions
 from imagesearch.parallel import batch_until_error
@@ -33,8 +33,7 @@ RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 for _store in ("AWS", "GOOGLE", "AZURE"):
     os.environ.setdefault(f"{_store}_TIMEOUT", "10m")
     os.environ.setdefault(f"{_store}_READ_TIMEOUT", "30s")
-LIST_CHUNK_SIZE = 1000  # objects
-HEAD_THREADS, HEAD_BATCH_SIZE = 32, 1000
+HEAD_THREADS = 32
 
 CREDENTIALS_HINT = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, and AWS_ENDPOINT_URL unless it is AWS",
@@ -121,7 +120,7 @@ class BucketSource:
     def find_gone(self, file_paths: Iterable[str]) -> Iterator[str]:
         listing = self._list(SILENT)  # once, alongside the sorted paths
         listed, last = {""}, ""
-        for batch in batch_until_error(file_paths, HEAD_BATCH_SIZE):
+        for batch in batch_until_error(file_paths, BATCH_SIZE):
             keys = [file_path.removeprefix(self._bucket_url + "/") for file_path in batch]
             while last < keys[-1] and (meta := next(listing, None)):
                 last = meta["path"]
@@ -159,7 +158,7 @@ class BucketSource:
             try:
                 if stream is None:
                     stream = iter(
-                        obstore.list(self._store, prefix or None, offset=offset or None, chunk_size=LIST_CHUNK_SIZE)
+                        obstore.list(self._store, prefix or None, offset=offset or None, chunk_size=BATCH_SIZE)
                     )
                 return next(stream, None)
             except BaseException:

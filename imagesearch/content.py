@@ -18,6 +18,6 @@ def check_size(size_bytes: int) -> None:
         raise ValueError(f"more than {MAX_CONTENT_BYTES // 1_000_000} MB")
 
 
-def opened_from_memory(path: str, content: bytes, mtime: int = 0) -> OpenedImage:
+def opened_from_memory(name: str, content: bytes, mtime: int = 0) -> OpenedImage:
     """Returns the image with this content; `mtime` is in nanoseconds, 0 if there is none."""
-    return OpenedImage(path, io.BytesIO(content), len(content), mtime, hashlib.sha256(content).hexdigest())
+    return OpenedImage(name, io.BytesIO(content), len(content), mtime, hashlib.sha256(content).hexdigest())

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DIMENSIONS = 768  # of an embedding
+BATCH_SIZE = 1000  # documents that are looked up, listed or deleted together
 SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
 Embedding = NDArray[np.float32]  # shape (768,)
 
@@ -25,18 +26,18 @@ def document_id(file_path: str) -> str:
 class ModelInfo:
     """Which model made an index's embeddings; stored in the index.
 
-    `model` is the value of ``--model``: ``clip``, ``thumbnail`` or the absolute path of a file.
+    `name` is the value of ``--model``: ``clip``, ``thumbnail`` or the absolute path of a file.
     `sha256` is the hash of the ONNX model in hex, empty for ``thumbnail``.
     """
 
-    model: str
+    name: str
     sha256: str = ""
     preprocessing: int = PREPROCESSING
 
     @property
     def description(self) -> str:
         """The model as messages name it."""
-        return "the model thumbnail (a baseline, not CLIP)" if self.model == "thumbnail" else f"the model {self.model}"
+        return "the model thumbnail (a baseline, not CLIP)" if self.name == "thumbnail" else f"the model {self.name}"
 
     def is_compatible(self, other: "ModelInfo") -> bool:
         """Returns True if both make the same embeddings; an ONNX model is identified by its hash alone."""
@@ -98,11 +99,11 @@ class Candidate:
 class OpenedImage:
     """The content of a file, an object or a query, with its metadata as it was read.
 
-    `path` is its name in messages, `size` is in bytes, `mtime` in nanoseconds since 1970, 0 if there is none,
+    `name` is that in messages, `size` is in bytes, `mtime` in nanoseconds since 1970, 0 if there is none,
     `sha256` in hex.
     """
 
-    path: str
+    name: str
     stream: BinaryIO
     size: int
     mtime: int
@@ -133,7 +134,7 @@ class MetadataUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An image or a query that cannot be read or embedded, and why."""
+    """An image or a query that cannot be read or embedded, and why; `name` is that in messages."""
 
-    path: str
+    name: str
     reason: str

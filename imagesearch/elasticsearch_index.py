@@ -16,7 +16,7 @@ import orjson
 from elasticsearch import ApiError, BadRequestError, Elasticsearch, OrjsonSerializer, TransportError
 
 from imagesearch.connection import Connection
-from imagesearch.documents import DIMENSIONS, Document, IndexMetadata, MetadataUpdate
+from imagesearch.documents import BATCH_SIZE, DIMENSIONS, Document, IndexMetadata, MetadataUpdate
 from imagesearch.elasticsearch_errors import (
     SIZE_HINT,
     authentication_error,
@@ -40,7 +40,6 @@ Pending = dict[str, list[Any]]  # by _id, the lines of the bulk actions that are
 BULK_SIZE = 128  # documents in one bulk request: about 1 MB
 DEAD_NODE_SECONDS = 60  # for which a node that has failed gets no requests, if there are others
 BULK_REQUESTS = 4  # under way at once, so that a distant server is not waited for
-PAGE_SIZE = 1000  # documents in one page of a listing
 
 # Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and everything
 # else are left to the cluster's index templates.
@@ -122,7 +121,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
     def list_paths(self, folder: str) -> Iterator[str]:
         query = {"prefix": {"file_path": folder.rstrip("/") + "/"}}
-        options: Body = {"size": PAGE_SIZE, "docvalue_fields": ["file_path"], "sort": [{"file_path": "asc"}]}
+        options: Body = {"size": BATCH_SIZE, "docvalue_fields": ["file_path"], "sort": [{"file_path": "asc"}]}
         while hits := self._retried(lambda: self._search_all(query, **options)):
             yield from (hit["fields"]["file_path"][0] for hit in hits)
             options["search_after"] = hits[-1]["sort"]

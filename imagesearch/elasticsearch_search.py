@@ -92,12 +92,12 @@ class ElasticsearchSearch:
 
     def list_indexes(self) -> dict[str, str]:
         try:
-            status, body = self._request_once("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.model")
+            status, body = self._request_once("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.name")
         except UsageError:  # a user who may not see the others
             return {}
         if status != 200:
             return {}
-        return {name: index["mappings"]["_meta"][META_KEY]["model"] for name, index in sorted(body.items())}
+        return {name: index["mappings"]["_meta"][META_KEY]["name"] for name, index in sorted(body.items())}
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
         fields = ["size", "mtime", "sha256"]

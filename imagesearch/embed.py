@@ -58,7 +58,7 @@ def embed_images(
         for results in map_buffered(pool, embed_chunk, chunks, workers + cpus):
             for result in results:
                 if isinstance(result, Unreadable):
-                    report.count_unreadable(result.path, result.reason)
+                    report.count_unreadable(result.name, result.reason)
                 else:
                     yield result
 
@@ -125,7 +125,7 @@ class Embedder:
             except ImageSearchError:  # the model cannot be loaded
                 raise
             except Exception as error:  # Pillow raises nearly anything for a damaged file
-                return Unreadable(image.path, describe_error(error))
+                return Unreadable(image.name, describe_error(error))
             with self._lock:
                 self._recent[image.sha256] = known[image.sha256]
                 if len(self._recent) > RECENT_SIZE:

@@ -8,43 +8,13 @@ The patch embedding, a `ConvInteger` whose stride equals its kernel, multiplies 
 as a `MatMulInteger` it uses those kernels too.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnx
 from numpy.typing import NDArray
-
-from imagesearch.cache import cache_folder
-from imagesearch.files import atomic_write, remove_stale
-
-PROBE_NAME = "probe.onnx"
-REWRITE_VERSION = 3  # increment it if the rewrite changes
-
-
-def prepared_model_path(path: Path, sha256: str) -> Path:
-    """Returns the model in `path` as this CPU and this version of ONNX Runtime run it best, kept in the cache folder.
-
-    It has int8 weights if the CPU multiplies them exactly, its operators are fused, and it is in ONNX Runtime's own
-    format, which opens in a tenth of the time. It is kept under `sha256`, the hash of the model. Returns `path`
-    itself if the cache folder cannot be used.
-    """
-    try:
-        remove_stale(cache_folder())
-        probe = cache_folder() / PROBE_NAME
-        if not probe.exists():
-            with atomic_write(probe) as temporary:
-                write_probe(temporary)
-        weights = "int8" if multiplies_exactly(probe) else "uint8"
-        prepared = cache_folder() / f"{sha256}.{weights}-{REWRITE_VERSION}.{onnxruntime.__version__}.ort"
-        if not prepared.exists():
-            rewritten = rewrite(path) if weights == "int8" else None
-            with atomic_write(prepared) as temporary:
-                _optimize(rewritten or str(path), temporary)
-    except Exception:  # no model, no such folder, a full disk, for which ONNX Runtime has its own errors
-        return path
-    return prepared
+from onnx import TensorProto, helper, numpy_helper
 
 
 def rewrite(path: Path) -> bytes | None:
@@ -52,8 +22,6 @@ def rewrite(path: Path) -> bytes | None:
 
     All or nothing: None unless the weights of every `MatMulInteger` are constant, uint8, and used by nothing else.
     """
-    import onnx  # takes a quarter of a second to import, and is needed once for each model
-
     model = onnx.load(path)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -91,15 +59,11 @@ def rewrite(path: Path) -> bytes | None:
 
 def _shifted(tensor: Any) -> NDArray[np.int8]:
     """Returns a uint8 tensor minus 128 as int8."""
-    from onnx import numpy_helper
-
     return (numpy_helper.to_array(tensor).astype(np.int16) - 128).astype(np.int8)
 
 
 def _replace(tensor: Any, values: NDArray[np.generic]) -> None:
     """Gives a constant of the graph other values."""
-    from onnx import numpy_helper
-
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
@@ -110,8 +74,6 @@ def _replace_patch_embedding(graph: Any, conv: Any, weight: Any, zero_point: Any
     than its kernel or a kernel that does not divide the image, with a zero point for each channel, or on
     anything but the model's input.
     """
-    from onnx import helper, numpy_helper
-
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in conv.attribute}
     producers = {output: node for node in graph.node for output in node.output}
     quantized = producers.get(conv.input[0])
@@ -159,41 +121,8 @@ def _replace_patch_embedding(graph: Any, conv: Any, weight: Any, zero_point: Any
     graph.node.extend(nodes)
 
 
-def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
-    """Returns the options with which a model is optimized and run.
-
-    "Extended" is the highest optimization level whose result does not depend on this CPU.
-    """
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised; warnings are for authors of models
-    return options
-
-
-def _optimize(model: bytes | str, target: Path) -> None:
-    """Writes a model, given as it is or by its path, to `target` with fused operators in ONNX Runtime's own format."""
-    options = session_options()
-    options.optimized_model_filepath = str(target)
-    options.add_session_config_entry("session.save_model_format", "ORT")
-    options.add_session_config_entry("session.disable_prepacking", "1")  # it is not run
-    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-# The largest uint8 by the smallest and largest int8, in rows long enough to saturate a kernel that
-# adds pairs of products in 16 bits (on a CPU without VNNI).
-PROBE_INPUT = np.full((8, 768), 255, np.uint8)
-PROBE_WEIGHTS = np.tile(np.array([-128, 127], np.int8), (768, 32))
-
-
-def write_probe(target: Path, right: NDArray[np.int8] = PROBE_WEIGHTS) -> None:
-    """Writes a model that multiplies its input, uint8 of shape (rows, n), by `right`, of shape (n, m).
-
-    With the default it shows whether this CPU multiplies uint8 by int8 exactly.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
+def write_probe(target: Path, right: NDArray[np.int8]) -> None:
+    """Writes a model that multiplies its input, uint8 of shape (rows, n), by `right`, of shape (n, m)."""
     node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
     left = helper.make_tensor_value_info("left", TensorProto.UINT8, ["rows", right.shape[0]])
     product = helper.make_tensor_value_info("product", TensorProto.INT32, ["rows", right.shape[1]])
@@ -201,14 +130,3 @@ def write_probe(target: Path, right: NDArray[np.int8] = PROBE_WEIGHTS) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8
     onnx.save(model, target)
-
-
-def multiplies_exactly(probe: Path) -> bool:
-    """Returns True if ONNX Runtime's kernel for uint8 × int8 is exact on this CPU, for one row and for several."""
-    exact = PROBE_INPUT.astype(np.int32) @ PROBE_WEIGHTS.astype(np.int32)
-    with contextlib.suppress(Exception):  # a damaged probe proves nothing
-        session = onnxruntime.InferenceSession(str(probe), providers=["CPUExecutionProvider"])
-        return all(
-            np.array_equal(session.run(None, {"left": PROBE_INPUT[:n]})[0], exact[:n]) for n in (1, len(PROBE_INPUT))
-        )
-    return False

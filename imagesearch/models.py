@@ -70,15 +70,15 @@ def load_index_model(info: ModelInfo, name: str | None, image_count: int | None 
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
     """
-    if name in MODEL_NAMES and info.model in MODEL_NAMES and name != info.model:
+    if name in MODEL_NAMES and info.name in MODEL_NAMES and name != info.name:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:
-        model = load_model(name or path_from_text(info.model), image_count)
+        model = load_model(name or path_from_text(info.name), image_count)
     except UsageError as error:
-        if name or info.model in MODEL_NAMES:
+        if name or info.name in MODEL_NAMES:
             raise
         raise UsageError(
-            f"The index was made with the model {quote_path(info.model)}: use --model FILE to say where it is now."
+            f"The index was made with the model {quote_path(info.name)}: use --model FILE to say where it is now."
         ) from error
     check_compatible(info, model.info)
     return model
@@ -98,6 +98,6 @@ def check_compatible(index: ModelInfo, model: ModelInfo) -> None:
     check_version(index)
     if not index.is_compatible(model):
         raise UsageError(
-            f"The index was made with --model {quote_path(index.model)}, and {quote_path(model.model)} is another"
+            f"The index was made with --model {quote_path(index.name)}, and {quote_path(model.name)} is another"
             " model: use the same model, or another index with --index."
         )

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 
-from imagesearch.documents import IndexMetadata, OpenedImage, document_id
+from imagesearch.documents import BATCH_SIZE, IndexMetadata, OpenedImage, document_id
 from imagesearch.embed import CHUNK_BYTES
 from imagesearch.errors import UsageError
 from imagesearch.index import WritableIndex
@@ -13,7 +13,6 @@ from imagesearch.parallel import batch_until_error, split
 from imagesearch.paths import BUCKET_URL, index_folder, path_from_text, quote_path
 from imagesearch.sources import Part, Source
 
-BATCH_SIZE = 1000  # documents that are deleted together
 SAMPLE_SIZE = 16  # images whose content tells whether the source is the one that was indexed
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import sqlite_vec
 
 from imagesearch.documents import (
+    BATCH_SIZE,
     SCORE_TOLERANCE,
     Document,
     Embedding,
@@ -119,7 +120,7 @@ class SqliteIndex:
         return self._all_metadata().get(self._name)
 
     def list_indexes(self) -> dict[str, str]:
-        return {name: metadata.model.model for name, metadata in self._all_metadata().items()}
+        return {name: metadata.model.name for name, metadata in self._all_metadata().items()}
 
     def _all_metadata(self) -> dict[str, IndexMetadata]:
         """Returns what is recorded about each index in the file."""
@@ -181,9 +182,10 @@ class SqliteIndex:
 
     def list_paths(self, folder: str) -> Iterator[str]:
         values = {"name": self._name, "prefix": folder.rstrip("/") + "/", "after": ""}
-        while page := self._select(f"SELECT file_path FROM images WHERE {BELOW} ORDER BY file_path LIMIT 1000", values):
-            yield from (file_path for (file_path,) in page)
-            values["after"] = page[-1][0]
+        query = f"SELECT file_path FROM images WHERE {BELOW} ORDER BY file_path LIMIT {BATCH_SIZE}"
+        while batch := self._select(query, values):
+            yield from (file_path for (file_path,) in batch)
+            values["after"] = batch[-1][0]
 
     def delete(self, ids: Sequence[str]) -> int:
         query = "DELETE FROM images WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"

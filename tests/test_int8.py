@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from imagesearch import int8
+from imagesearch import int8, prepared_model
 from imagesearch.cache import cache_folder
-from imagesearch.int8 import multiplies_exactly, prepared_model_path, rewrite, write_probe
+from imagesearch.int8 import rewrite, write_probe
 from imagesearch.models import load_model
+from imagesearch.prepared_model import PROBE_WEIGHTS, multiplies_exactly, prepared_model_path
 from tests.pictures import averaging_model
 
 
@@ -33,7 +34,7 @@ def embeddings(path: Path, batch: int) -> np.ndarray:
 
 
 def require_exact_kernel(tmp_path: Path) -> None:
-    write_probe(tmp_path / "probe.onnx")
+    write_probe(tmp_path / "probe.onnx", PROBE_WEIGHTS)
     if not multiplies_exactly(tmp_path / "probe.onnx"):
         pytest.skip(
             "this CPU's kernel for uint8 x int8 saturates; that leaves its int8 model untested, which it never uses"
@@ -160,8 +161,11 @@ def test_a_convolution_that_does_not_fit_is_kept(change: str, small_clip: Path, 
 
 def test_it_is_kept_under_the_originals_hash_and_made_once(small_clip: Path, tmp_path: Path) -> None:
     require_exact_kernel(tmp_path)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (cache_folder() / "hash.int8-3.1.0.0.ort").write_text("of another version of ONNX Runtime")
     prepared = prepared_model_path(small_clip, "hash")
-    assert prepared == cache_folder() / f"hash.int8-{int8.REWRITE_VERSION}.{onnxruntime.__version__}.ort"
+    assert list(cache_folder().glob("hash.*")) == [prepared]
+    assert prepared == cache_folder() / f"hash.int8-{prepared_model.REWRITE_VERSION}.{onnxruntime.__version__}.ort"
     made = prepared.stat().st_mtime_ns
     assert prepared_model_path(small_clip, "hash").stat().st_mtime_ns == made
     assert prepared_model_path(small_clip, "other") != prepared
@@ -173,7 +177,7 @@ def test_a_rewrite_that_breaks_off_leaves_nothing(small_clip: Path, monkeypatch:
         target.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(int8, "_optimize", break_off)
+    monkeypatch.setattr(prepared_model, "_optimize", break_off)
     assert prepared_model_path(small_clip, "hash") == small_clip
     assert {path.name for path in cache_folder().iterdir()} == {"probe.onnx"}
 
@@ -196,15 +200,15 @@ def test_a_cpu_that_saturates_keeps_the_weights_and_rewrites_nothing(
         def __init__(self, *_: object, **__: object) -> None: ...
 
         def run(self, _: object, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-            products = inputs["left"].astype(np.int32)[:, :, None] * int8.PROBE_WEIGHTS.astype(np.int32)[None]
+            products = inputs["left"].astype(np.int32)[:, :, None] * PROBE_WEIGHTS.astype(np.int32)[None]
             pairs = products[:, 0::2] + products[:, 1::2]
             return [np.clip(pairs, -32768, 32767).sum(axis=1)]
 
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "InferenceSession", Saturating)
-        write_probe(tmp_path / "probe.onnx")
+        write_probe(tmp_path / "probe.onnx", PROBE_WEIGHTS)
         assert not multiplies_exactly(tmp_path / "probe.onnx")
-    monkeypatch.setattr(int8, "multiplies_exactly", lambda probe: False)
+    monkeypatch.setattr(prepared_model, "multiplies_exactly", lambda probe: False)
     monkeypatch.setattr(int8, "rewrite", None)  # an error, if it is called
     prepared = prepared_model_path(small_clip, "hash")
     assert ".uint8-" in prepared.name

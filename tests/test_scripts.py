@@ -410,7 +410,7 @@ def test_the_index_is_as_pinned(elastic: Scripts, birds: list[Path], server: Ser
     mappings = server.request("GET", f"{elastic.index}/_mapping")[elastic.index]["mappings"]
     assert mappings["dynamic"] == "strict"
     folder = str(elastic.folder)
-    meta = {"model": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": folder}
+    meta = {"name": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": folder}
     assert mappings["_meta"] == {"imagesearch": meta}
     embeddings = mappings["properties"]["embeddings"]
     assert (embeddings["type"], embeddings["dims"], embeddings["similarity"]) == ("dense_vector", 768, "cosine")
@@ -424,7 +424,7 @@ def test_an_index_that_is_not_ours_is_refused_and_left_alone(
     server.request("PUT", elastic.index, {"mappings": {"properties": {"title": {"type": "text"}}}})
     assert "no record of its model" in one_line(elastic, birds)
     assert server.request("GET", f"{elastic.index}/_count")["count"] == 0
-    meta = {"imagesearch": {"model": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": "/"}}
+    meta = {"imagesearch": {"name": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": "/"}}
     server.request("DELETE", elastic.index)
     small = {"_meta": meta, "properties": {"embeddings": {"type": "dense_vector", "dims": 8}}}
     server.request("PUT", elastic.index, {"mappings": small})

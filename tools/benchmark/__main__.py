@@ -43,9 +43,10 @@ from imagesearch.files import stream_sha256
 from imagesearch.folder import FolderSource
 from imagesearch.images import open_rgb
 from imagesearch.index import WritableIndex
-from imagesearch.int8 import prepared_model_path, write_probe
+from imagesearch.int8 import write_probe
 from imagesearch.models import Thumbnail
 from imagesearch.parallel import available_cpus
+from imagesearch.prepared_model import prepared_model_path
 from imagesearch.retry import NO_RETRY
 from imagesearch.sqlite_index import SqliteIndex
 from tests.clip_model import build, build_processor
