@@ -5,7 +5,6 @@ from imagesearch.start import run  # first: Ctrl-C and missing dependencies, bef
 
 import argparse
 import difflib
-import functools
 import json
 import sys
 import unicodedata
@@ -87,10 +86,10 @@ def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespa
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
     """Returns a function that loads the index's model: at once if ``--model`` is given, so that it is checked."""
-    load = functools.cache(lambda: load_index_model(info, arguments.model, len(arguments.image)))
-    if arguments.model:
-        load()
-    return load
+    if not arguments.model:
+        return lambda: load_index_model(info, None, len(arguments.image))
+    model = load_index_model(info, arguments.model, len(arguments.image))
+    return lambda: model
 
 
 def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Namespace) -> Generator[Result, None, None]:

@@ -1,7 +1,6 @@
 """Images in a bucket: S3, Google Cloud Storage or Azure, read with obstore."""
 
 import contextlib
-import errno
 import functools
 import os
 import posixpath
@@ -12,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError
+from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
@@ -40,13 +39,31 @@ CREDENTIALS_HINT = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
-_HTTP_HINT = {
-    "s3": "set AWS_ALLOW_HTTP=true",
-    "gs": "set GOOGLE_ALLOW_HTTP=true",
-    "az": "set AZURE_ALLOW_HTTP=true",
-}
-_BAD_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
-_METADATA_SERVERS = ("169.254.169.254", "metadata.google.internal")  # asked for credentials if none are set
+HTTP_HINT = {"s3": "AWS_ALLOW_HTTP=true", "gs": "GOOGLE_ALLOW_HTTP=true", "az": "AZURE_ALLOW_HTTP=true"}
+
+# What is raised in place of obstore's errors, which show XML and a debug dump: the first whose pattern is found in
+# "one object" or "bucket", the error's type, and its text. OSError concerns one object only.
+ERRORS: tuple[tuple[str, type[Exception], str], ...] = (
+    ("NoSuchBucket|ContainerNotFound", UsageError, "There is no bucket {bucket} ({reason})."),
+    ("^[^:]*FileNotFoundError", FileNotFoundError, "No such object"),
+    # The metadata servers are asked for credentials if none are set.
+    (r"169\.254\.169\.254|metadata\.google\.internal", UsageError, "No credentials for {bucket}: set {credentials}."),
+    (
+        "InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|status code: 401",
+        UsageError,
+        "{bucket} denied access ({reason}): check {credentials}.",
+    ),
+    ("^[^:]*PermissionDeniedError", PermissionError, "access denied ({reason})"),
+    ("BadScheme", UsageError, "{bucket} cannot be reached over http://: set {http}, or use https://."),
+    (
+        "status code: 404(?!.*<Code>)",
+        UsageError,
+        "There is no bucket {bucket}, or no object store answers ({reason}).",
+    ),
+    # Encrypted with a key of its own, for example.
+    ("^one object.*status code: 4(?!08|29)", OSError, "the store refuses to send it ({reason})"),
+    ("status code: 4(?!08|29)", UsageError, "{bucket} denied access ({reason}): check {credentials}."),
+)
 
 
 class BucketSource:
@@ -72,7 +89,7 @@ class BucketSource:
         except RetryableError as error:
             raise ImageSearchError(f"The bucket cannot be reached: {error}. {error.hint}") from None
         except OSError as error:
-            hint = _credentials_hint(self._bucket_url)
+            hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
             raise UsageError(f"{quote_path(self.name)}: {describe_error(error)}. Check {hint}.") from None
         except InvalidKeyError:  # find_images reports it
             pass
@@ -258,9 +275,8 @@ def _open_store(bucket_url: str) -> Any:
     try:
         return from_url(bucket_url, retry_config=RETRY_CONFIG)
     except (BaseError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{bucket_url} cannot be opened ({_short_reason(error)}): check {_credentials_hint(bucket_url)}."
-        ) from None
+        hint = CREDENTIALS_HINT[bucket_url.partition("://")[0]]
+        raise UsageError(f"{bucket_url} cannot be opened ({_short_reason(error)}): check {hint}.") from None
 
 
 def _call(function: Callable[[], Result], bucket_url: str, retry: Retry, is_one_object: bool = False) -> Result:
@@ -290,35 +306,17 @@ def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: 
 
 def _translate(error: Exception, bucket_url: str, is_one_object: bool) -> Exception:
     """Returns the exception to raise in place of one of obstore's."""
-    text, reason, hint = str(error), _short_reason(error), _credentials_hint(bucket_url)
-    if key := re.search(r'Path "(.*?)"(?:: Encountered| contained)', text, re.DOTALL):
+    if key := re.search(r'Path "(.*?)"(?:: Encountered| contained)', str(error), re.DOTALL):
         return OSError("obstore cannot read such keys") if is_one_object else InvalidKeyError(key[1])
     if isinstance(error, ValueError):  # of content that is too large, for example
         return error
-    has_bad_credentials = any(code in text for code in _BAD_CREDENTIALS) or reason.startswith("HTTP 401")
-    if re.search("NoSuchBucket|ContainerNotFound", text):
-        return UsageError(f"There is no bucket {bucket_url} ({reason}).")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    if isinstance(error, PermissionDeniedError) and not has_bad_credentials:
-        return PermissionError(errno.EACCES, f"access denied ({reason})")
-    if any(server in text for server in _METADATA_SERVERS):
-        return UsageError(f"No credentials for {bucket_url}: set {hint}.")
-    if "BadScheme" in text:
-        variables = _HTTP_HINT[bucket_url.partition(":")[0]]
-        return UsageError(f"{bucket_url} cannot be reached over http://: {variables}, or use https://.")
-    if reason == "HTTP 404":
-        return UsageError(f"There is no bucket {bucket_url}, or no object store answers ({reason}).")
-    if re.match(r"HTTP 4(?!08|29)", reason):
-        if is_one_object and not has_bad_credentials:  # encrypted with a key of its own, for example
-            return OSError(f"the store refuses to send it ({reason})")
-        return UsageError(f"{bucket_url} denied access ({reason}): check {hint}.")
-    return RetryableError(f"no answer from {bucket_url} ({reason})", f"Check {hint}.")
-
-
-def _credentials_hint(bucket_url: str) -> str:
-    """Returns the names of the environment variables with the credentials for this kind of store."""
-    return CREDENTIALS_HINT[bucket_url.partition("://")[0]]
+    text = f"{'one object' if is_one_object else 'bucket'} {type(error).__name__}: {error}"
+    scheme, reason = bucket_url.partition("://")[0], _short_reason(error)
+    words = {"bucket": bucket_url, "reason": reason, "credentials": CREDENTIALS_HINT[scheme], "http": HTTP_HINT[scheme]}
+    for pattern, kind, message in ERRORS:
+        if re.search(pattern, text, re.DOTALL):
+            return kind(message.format(**words))
+    return RetryableError(f"no answer from {bucket_url} ({reason})", f"Check {CREDENTIALS_HINT[scheme]}.")
 
 
 def _short_reason(error: Exception) -> str:

@@ -65,8 +65,8 @@ KEEP_VECTORS = {"index.mapping.exclude_source_vectors": False}
 class ElasticsearchIndex(ElasticsearchSearch):
     """A `WritableIndex` on Elasticsearch. What it does is retried by `retry` while Elasticsearch is unreachable."""
 
-    def __init__(self, connection: Connection, index: str, retry: Retry) -> None:
-        super().__init__(connection, index, retry)
+    def __init__(self, connection: Connection, name: str, retry: Retry) -> None:
+        super().__init__(connection, name, retry)
         self._bulk_size = BULK_SIZE
         options: dict[str, Any] = {}
         if context := connection.ssl_context():
@@ -103,7 +103,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
         def create_index(settings: Body) -> None:
             try:
-                self._client.indices.create(index=self._index, mappings=mappings, settings=settings)
+                self._client.indices.create(index=self._name, mappings=mappings, settings=settings)
             except BadRequestError as error:
                 if settings and "unknown setting" in str(error):  # 8.x and 9.0 know none of this
                     create_index({})
@@ -114,9 +114,9 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
     def count_below(self, folder: str) -> int:
         query = {"query": {"prefix": {"file_path": folder.rstrip("/") + "/"}}}
-        status, body = self._retried(lambda: self._request("POST", f"{quote(self._index)}/_count", query))
+        status, body = self._retried(lambda: self._send("POST", f"{quote(self._name)}/_count", query))
         if status != 200 or body["_shards"]["failed"]:
-            raise ImageSearchError(f"Elasticsearch cannot count the documents of {self._index}: {error_reason(body)}.")
+            raise ImageSearchError(f"Elasticsearch cannot count the documents of {self._name}: {error_reason(body)}.")
         return int(body["count"])
 
     def list_paths(self, folder: str) -> Iterator[str]:
@@ -139,16 +139,16 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
     def delete(self, ids: Sequence[str]) -> int:
         self._ensure_same_index()
-        pending: Pending = {id_: [_dumps({"delete": {"_index": self._index, "_id": id_}})] for id_ in ids}
+        pending: Pending = {id_: [_dumps({"delete": {"_index": self._name, "_id": id_}})] for id_ in ids}
         return len(ids) - len(self._send_pending(pending))
 
     def refresh(self) -> None:
-        self._with_client(lambda: self._client.indices.refresh(index=self._index))
+        self._with_client(lambda: self._client.indices.refresh(index=self._name))
         self._ensure_same_index()
 
     def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> "_Written":
         """Writes documents; returns those that are stored, with the error that kept it from writing the others."""
-        pending: Pending = {item.image.id: _bulk_action(self._index, item) for item in batch}
+        pending: Pending = {item.image.id: _bulk_action(self._name, item) for item in batch}
         missing: set[str] = set()
         error: ImageSearchError | None = None
         try:
@@ -197,7 +197,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
             del pending[result["_id"]]
         for result in rejected:
             if is_missing_index(result):
-                raise deleted_index_error(self._index)
+                raise deleted_index_error(self._name)
             if not is_retryable(result["status"], result["error"]):
                 raise ImageSearchError(f"Elasticsearch refused documents: {error_reason(result)}.{hint(result)}")
         if rejected:
@@ -211,22 +211,22 @@ class ElasticsearchIndex(ElasticsearchSearch):
         mapping. It is deleted; if that is not permitted, its missing metadata keeps others from using it.
         """
         found = self._with_client(
-            lambda: dict(self._client.indices.get(index=self._index, ignore_unavailable=True, allow_no_indices=True))
+            lambda: dict(self._client.indices.get(index=self._name, ignore_unavailable=True, allow_no_indices=True))
         )
         uuids = {name: index["settings"]["index"]["uuid"] for name, index in found.items()}
         if uuids == {self._concrete_index: self._uuid}:
             return
-        if found and not (self._index in found and _is_guessed(found[self._index]["mappings"])):
-            raise moved_index_error(self._index)
+        if found and not (self._name in found and _is_guessed(found[self._name]["mappings"])):
+            raise moved_index_error(self._name)
         if found:
             try:
-                self._client.indices.delete(index=self._index)
+                self._client.indices.delete(index=self._name)
             except ApiError:
                 raise ImageSearchError(
-                    f"The index {self._index} was deleted during the run, and Elasticsearch created another one from"
+                    f"The index {self._name} was deleted during the run, and Elasticsearch created another one from"
                     " what this run wrote, with a guessed mapping. Delete it, then run the command again."
                 ) from None
-        raise deleted_index_error(self._index)
+        raise deleted_index_error(self._name)
 
     def _with_client(self, function: Callable[[], Result]) -> Result:
         """Returns ``function()``, which uses the client; retried while Elasticsearch is unreachable or overloaded."""
@@ -235,7 +235,7 @@ class ElasticsearchIndex(ElasticsearchSearch):
             try:
                 return function()
             except (ApiError, TransportError) as error:
-                raise _translate_error(error, self._connection, self._index) from None
+                raise _translate_error(error, self._connection, self._name) from None
 
         return self._retried(attempt)
 

@@ -46,18 +46,18 @@ class _SSLContextAdapter(HTTPAdapter):
 
 
 class ElasticsearchSearch:
-    """An `Index` on Elasticsearch. `index` is its name, or an alias of one index.
+    """An `Index` on Elasticsearch. `name` is that of the index, or an alias of one index.
 
     The index that the name points to is remembered when its metadata is read. If the name later points
     to another index, ImageSearchError is raised, since embeddings of another model may be there.
     """
 
-    def __init__(self, connection: Connection, index: str, retry: Retry = NO_RETRY) -> None:
+    def __init__(self, connection: Connection, name: str, retry: Retry = NO_RETRY) -> None:
         self._connection = connection
-        self._index = index
+        self._name = name
         self._retry = retry
         self._hosts = list(connection.hosts)
-        self._concrete_index = index
+        self._concrete_index = name
         self._uuid: str | None = None
         self._session = _open_session(connection)
 
@@ -76,23 +76,23 @@ class ElasticsearchSearch:
         return str(self._connection)
 
     def get_metadata(self) -> IndexMetadata | None:
-        status, body = self._request_once("GET", quote(self._index))
+        status, body = self._request("GET", quote(self._name))
         if status == 404:
             return None
         if status != 200:
-            raise ImageSearchError(f"The index {self._index} cannot be read: {error_reason(body)}.{hint(body)}")
+            raise ImageSearchError(f"The index {self._name} cannot be read: {error_reason(body)}.{hint(body)}")
         if len(body) != 1:
             raise UsageError(
-                f"{self._index} is an alias of several indices ({', '.join(sorted(body))}): use one with --index."
+                f"{self._name} is an alias of several indices ({', '.join(sorted(body))}): use one with --index."
             )
         ((concrete_index, index),) = body.items()
-        metadata = _read_metadata(self._index, index["mappings"])
+        metadata = _read_metadata(self._name, index["mappings"])
         self._concrete_index, self._uuid = concrete_index, index["settings"]["index"]["uuid"]
         return metadata
 
     def list_indexes(self) -> dict[str, str]:
         try:
-            status, body = self._request_once("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.name")
+            status, body = self._request("GET", f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.name")
         except UsageError:  # a user who may not see the others
             return {}
         if status != 200:
@@ -118,9 +118,9 @@ class ElasticsearchSearch:
 
     def list_classes(self) -> list[str]:
         aggregation = {"classes": {"terms": {"field": "desc", "size": MAX_CANDIDATES}}}
-        status, body = self._request_once("POST", f"{quote(self._index)}/_search", {"size": 0, "aggs": aggregation})
+        status, body = self._request("POST", f"{quote(self._name)}/_search", {"size": 0, "aggs": aggregation})
         if status != 200 or body["_shards"]["failed"]:
-            raise ImageSearchError(f"Elasticsearch cannot list the classes of {self._index}: {error_reason(body)}.")
+            raise ImageSearchError(f"Elasticsearch cannot list the classes of {self._name}: {error_reason(body)}.")
         return [bucket["key"] for bucket in body["aggregations"]["classes"]["buckets"]]
 
     def search(
@@ -141,28 +141,28 @@ class ElasticsearchSearch:
         if min_score is not None:
             knn["similarity"] = 2 * (min_score - SCORE_TOLERANCE) - 1  # the cosine
             body["min_score"] = min_score - SCORE_TOLERANCE
-        status, response = self._request_once("POST", f"{quote(self._index)}/_search", body)
+        status, response = self._request("POST", f"{quote(self._name)}/_search", body)
         if status == 404 or (
             status == 200 and any(hit["_index"] != self._concrete_index for hit in response["hits"]["hits"])
         ):
-            raise moved_index_error(self._index)
+            raise moved_index_error(self._name)
         if status != 200:
             reason = error_reason(response)
             if "rescore_vector" in reason:
                 raise UsageError("This Elasticsearch is too old: search.py needs version 8.18 or newer.")
-            raise ImageSearchError(f"Elasticsearch cannot search the index {self._index}: {reason}.{hint(response)}")
+            raise ImageSearchError(f"Elasticsearch cannot search the index {self._name}: {reason}.{hint(response)}")
         return _with_scores_up_to_1(response)
 
     def _search_all(self, query: Body, **options: Any) -> list[dict[str, Any]]:
         """Returns all hits of a search on all shards. Raises RetryableError while a shard is missing."""
         body = {"query": query, "_source": False, "track_total_hits": False, **options}
-        status, response = self._request("POST", f"{quote(self._index)}/_search", body)
+        status, response = self._send("POST", f"{quote(self._name)}/_search", body)
         if is_missing_index(response):
-            raise deleted_index_error(self._index)
+            raise deleted_index_error(self._name)
         if status != 200:
             raise ImageSearchError(f"Elasticsearch refused a request: {error_reason(response)}.{hint(response)}")
         if response["_shards"]["failed"] or response["timed_out"]:
-            raise RetryableError(f"a shard of the index {self._index} is missing")
+            raise RetryableError(f"a shard of the index {self._name} is missing")
         hits: list[dict[str, Any]] = response["hits"]["hits"]
         return hits
 
@@ -170,11 +170,11 @@ class ElasticsearchSearch:
         """Returns ``function()``, retried while Elasticsearch is unreachable or overloaded."""
         return self._retry.call("Elasticsearch", function)
 
-    def _request_once(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
-        """Sends a request as `_request` does, but is never retried."""
-        return NO_RETRY.call("Elasticsearch", lambda: self._request(method, path, body))
-
     def _request(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
+        """Sends a request as `_send` does, but is never retried."""
+        return NO_RETRY.call("Elasticsearch", lambda: self._send(method, path, body))
+
+    def _send(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
         """Sends one request to the first host that answers; returns the status and the JSON body.
 
         Raises RetryableError if no host answers or Elasticsearch is overloaded, UsageError if something

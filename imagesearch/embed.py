@@ -16,7 +16,7 @@ from imagesearch.images import open_rgb
 from imagesearch.index import Index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model
-from imagesearch.parallel import available_cpus, map_buffered, split
+from imagesearch.parallel import available_cpus, map_buffered, split, start_thread
 from imagesearch.report import Report
 from imagesearch.sources import Source
 
@@ -72,11 +72,11 @@ def _document(
     image = replace(candidate.image, size=opened.size, mtime=opened.mtime)
     if _is_unchanged(candidate, opened):
         return MetadataUpdate(image)
-    is_copy = embedder.knows(opened, known)
-    embedding = embedder.embed(opened, known)
+    copy = embedder.find(opened, known)
+    embedding = embedder.compute(opened) if copy is None else copy
     if isinstance(embedding, Unreadable):
         return embedding
-    return Document(image, opened.sha256, embedding, candidate.indexed is not None, is_copy)
+    return Document(image, opened.sha256, embedding, candidate.indexed is not None, is_copy=copy is not None)
 
 
 def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> bool:
@@ -86,7 +86,7 @@ def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> boo
 
 
 class Embedder:
-    """Makes embeddings, and knows those that were made. Safe to use from several threads.
+    """Makes embeddings, and remembers the last ones. Safe to use from several threads.
 
     `get_model` is called when the first image has to be embedded. `cpu` is to be held while decoding and embedding: as
     many threads can hold it as there are CPUs.
@@ -101,57 +101,46 @@ class Embedder:
         self._lock = threading.Lock()
 
     def find_known(self, images: Iterable[OpenedImage | Unreadable]) -> dict[str, Embedding]:
-        """Returns the embeddings of those contents that the index has, or that were embedded lately, by SHA-256."""
+        """Returns the embeddings of those contents that the index has, by SHA-256."""
         sha256s = {image.sha256 for image in images if isinstance(image, OpenedImage)}
-        with self._lock:
-            known = {sha256: self._recent[sha256] for sha256 in sha256s if sha256 in self._recent}
-        if missing := sorted(sha256s - known.keys()):
-            with contextlib.suppress(ImageSearchError):  # an index that cannot answer now has none to offer
-                known |= self._index.find_embeddings(missing)
-        return known
+        sha256s = {sha256 for sha256 in sha256s if sha256 not in self._recent}
+        with contextlib.suppress(ImageSearchError):  # an index that cannot answer now has none to offer
+            return self._index.find_embeddings(sorted(sha256s)) if sha256s else {}
+        return {}
 
-    def knows(self, image: OpenedImage, known: dict[str, Embedding]) -> bool:
-        """Returns True if the image's embedding is in `known`; one that was made since is added to it."""
+    def find(self, image: OpenedImage, known: dict[str, Embedding]) -> Embedding | None:
+        """Returns the embedding of the image's content if it is in `known`, or was made lately."""
         with self._lock:
-            if image.sha256 not in known and image.sha256 in self._recent:
-                known[image.sha256] = self._recent[image.sha256]
-        return image.sha256 in known
+            return known.get(image.sha256, self._recent.get(image.sha256))
 
-    def embed(self, image: OpenedImage, known: dict[str, Embedding]) -> Embedding | Unreadable:
-        """Returns the image's embedding: from `known`, or made now and added to it."""
-        if not self.knows(image, known):
-            try:
-                known[image.sha256] = self._compute(image)
-            except ImageSearchError:  # the model cannot be loaded
-                raise
-            except Exception as error:  # Pillow raises nearly anything for a damaged file
-                return Unreadable(image.name, describe_error(error))
-            with self._lock:
-                self._recent[image.sha256] = known[image.sha256]
-                if len(self._recent) > RECENT_SIZE:
-                    self._recent.popitem(last=False)
-        return known[image.sha256]
+    def compute(self, image: OpenedImage) -> Embedding | Unreadable:
+        """Returns the image's embedding, made now. Raises ImageSearchError if the model cannot be loaded."""
+        try:
+            embedding = _embed(image, self._load_model())
+        except ImageSearchError:
+            raise
+        except Exception as error:  # Pillow raises nearly anything for a damaged file
+            return Unreadable(image.name, describe_error(error))
+        with self._lock:
+            self._recent[image.sha256] = embedding
+            if len(self._recent) > RECENT_SIZE:
+                self._recent.popitem(last=False)
+        return embedding
 
     def _load_model(self) -> Model:
         """Returns the model, loaded once; raises the same error each time if it cannot be."""
         with self._lock:
-            is_first = self._model is None
-            self._model = self._model or Future()
-        if is_first:
-            try:
-                self._model.set_result(self._get_model())
-            except BaseException as error:
-                self._model.set_exception(error)
+            self._model = self._model or start_thread(self._get_model)
         return self._model.result()
 
-    def _compute(self, image: OpenedImage) -> Embedding:
-        """Raises ValueError if the model gives no embedding that is usable."""
-        model = self._load_model()
-        with open_rgb(image.stream) as rgb:
-            pixels = model.preprocess(rgb)
-        embedding = model.embed(pixels)
-        with np.errstate(over="ignore"):
-            length = np.sqrt(np.dot(embedding, embedding))
-        if not (np.isfinite(length) and length > 0):
-            raise ValueError("the model gives it no usable embedding (zero, or not finite)")
-        return embedding
+
+def _embed(image: OpenedImage, model: Model) -> Embedding:
+    """Raises ValueError if the model gives no embedding that is usable."""
+    with open_rgb(image.stream) as rgb:
+        pixels = model.preprocess(rgb)
+    embedding = model.embed(pixels)
+    with np.errstate(over="ignore"):
+        length = np.sqrt(np.dot(embedding, embedding))
+    if not (np.isfinite(length) and length > 0):
+        raise ValueError("the model gives it no usable embedding (zero, or not finite)")
+    return embedding

@@ -40,8 +40,7 @@ def embed_queries(
             known = embedder.find_known(opened)
             with embedder.cpu:
                 return [
-                    Query(query, image if isinstance(image, Unreadable) else embedder.embed(image, known))
-                    for query, image in zip(chunk, opened, strict=True)
+                    Query(query, _embed(image, embedder, known)) for query, image in zip(chunk, opened, strict=True)
                 ]
 
     # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
@@ -57,3 +56,10 @@ def _open(query: str, open_query: OpenQuery, stack: contextlib.ExitStack) -> Ope
         return stack.enter_context(open_query(query))
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         return Unreadable(query, describe_error(error))
+
+
+def _embed(image: OpenedImage | Unreadable, embedder: Embedder, known: dict[str, Embedding]) -> Embedding | Unreadable:
+    if isinstance(image, Unreadable):
+        return image
+    copy = embedder.find(image, known)
+    return embedder.compute(image) if copy is None else copy

@@ -259,10 +259,10 @@ def test_recent_embeddings_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     embedder = Embedder(Counting, Known(), cpus=1)  # type: ignore[arg-type]
     for number in range(40):
         with open_file(str(tmp_path / f"{number}.png"), "") as opened:
-            assert isinstance(embedder.embed(opened, {}), np.ndarray)
-            assert len(embedder.find_known([opened])) == 1
+            assert isinstance(embedder.compute(opened), np.ndarray)
+            assert embedder.find(opened, {}) is not None
         with open_file(str(tmp_path / f"{(number + 7) % 10}.png"), "") as opened:  # three before
-            assert embedder.find_known([opened]) == {}
+            assert embedder.find(opened, {}) is None
 
 
 def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:

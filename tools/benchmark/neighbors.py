@@ -96,7 +96,7 @@ def with_settings(index: ElasticsearchIndex, candidates: int, oversample: float 
         if oversample:
             knn["rescore_vector"] = {"oversample": oversample}
         body = {"knn": knn, "size": K, "_source": False, "fields": ["file_path"]}
-        status, answer = index._request("POST", f"{index._index}/_search", body)
+        status, answer = index._send("POST", f"{index._name}/_search", body)
         assert status == 200, answer
         return answer
 
@@ -134,10 +134,10 @@ def exact(size: int, queries: list[NDArray[np.float32]]) -> list[dict[str, float
 
 def stored(index: ElasticsearchIndex) -> str:
     """How many segments the index has, and its bytes on disk for each document, by kind."""
-    figures = index._client.indices.stats(index=index._index)["_all"]["primaries"]
+    figures = index._client.indices.stats(index=index._name)["_all"]["primaries"]
     with warnings.catch_warnings(action="ignore"):  # the analysis is a technical preview
         client = index._client.options(request_timeout=3600)
-        usage = client.indices.disk_usage(index=index._index, run_expensive_tasks=True)[index._index]
+        usage = client.indices.disk_usage(index=index._name, run_expensive_tasks=True)[index._name]
     vectors = usage["all_fields"]["knn_vectors_in_bytes"]
     source = usage["fields"]["_source"]["total_in_bytes"]
     parts = (part / figures["docs"]["count"] for part in (usage["store_size_in_bytes"], vectors, source))
@@ -149,10 +149,10 @@ def stored(index: ElasticsearchIndex) -> str:
 
 def after_opening(index: ElasticsearchIndex, call: Callable[[], object]) -> float:
     """Seconds of a call with nothing of the index in the file cache: what is mapped in memory cannot be dropped."""
-    index._client.indices.close(index=index._index)
+    index._client.indices.close(index=index._name)
     drop()
-    index._client.indices.open(index=index._index)
-    index._client.cluster.health(index=index._index, wait_for_status="yellow")
+    index._client.indices.open(index=index._name)
+    index._client.cluster.health(index=index._name, wait_for_status="yellow")
     return timed(call)
 
 
@@ -162,7 +162,7 @@ def recall(size: int) -> Iterator[str]:
     truth = exact(size, queries)
     with Cluster(memory=f"{max(2, size // 125_000)}g") as cluster, open_index(cluster, "recall") as index:
         parts = [itertools.islice(documents(size, 1), sender, None, SENDERS) for sender in range(SENDERS)]
-        rate = fill(cluster, index._index, [*parts], BULK_SIZE)
+        rate = fill(cluster, index._name, [*parts], BULK_SIZE)
         index.get_metadata()
         index.refresh()
         yield f"\n{size:,} documents, written by {SENDERS} senders in {size / rate:,.0f} s ({rate:,.0f}/s)\n"
@@ -178,7 +178,7 @@ def recall(size: int) -> Iterator[str]:
         for k in (K, *OTHER_KS):
             yield compare("as loaded | search.py's own |", ours(index, k), k, queries, truth)
         if size <= MERGED:
-            index._client.options(request_timeout=3600).indices.forcemerge(index=index._index, max_num_segments=1)
+            index._client.options(request_timeout=3600).indices.forcemerge(index=index._name, max_num_segments=1)
             index.refresh()
             for k in (K, *OTHER_KS):
                 yield compare("one segment | search.py's own |", ours(index, k), k, queries, truth)
