@@ -69,10 +69,7 @@ def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
         raise UsageError(
             f"There is no index {arguments.index} in {index.location}, but there are: {others}. Use --index."
         )
-    raise UsageError(
-        f"There is no index {arguments.index} in {index.location}: make it with create.py, or, for a local index file"
-        " in another folder, use --db."
-    )
+    raise UsageError(f"There is no index {arguments.index} in {index.location}: make it with create.py.")
 
 
 def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":

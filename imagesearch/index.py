@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self
 
 from imagesearch.connection import Connection
 from imagesearch.documents import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
+from imagesearch.errors import UsageError
+from imagesearch.paths import quote_path
 from imagesearch.retry import Retry
 
 
@@ -85,11 +87,16 @@ class WritableIndex(Index, Protocol):
 def open_index(name: str, connection: Connection | None, database: Path) -> Index:
     """Returns the index `name` on Elasticsearch, or in the file `database` if there is no connection.
 
-    Each kind is imported when it is used.
+    Each kind is imported when it is used. Raises UsageError if there is no such file.
     """
     if connection is None:
         from imagesearch.sqlite_index import SqliteIndex
 
+        if not database.exists():
+            raise UsageError(
+                f"There is no file {quote_path(str(database))}: are you in the right folder? create.py makes it;"
+                " --db names one elsewhere."
+            )
         return SqliteIndex(database, name)
     from imagesearch.elasticsearch_search import ElasticsearchSearch
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -158,6 +159,6 @@ class Progress:
 def _duration(seconds: float) -> str:
     """Returns 59s, 59m or 23h59m."""
     if seconds < 60:
-        return f"{seconds:.0f}s"
+        return f"{math.ceil(seconds)}s"
     minutes = round(seconds / 60)
     return f"{minutes}m" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"

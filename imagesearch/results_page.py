@@ -174,7 +174,9 @@ class Page:
 
     def _section(self, number: int, query: str, hits: list[dict[str, Any]], pool: ThreadPoolExecutor) -> Iterator[str]:
         """Yields the HTML of one query: its picture, then its hits in order."""
-        indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
+        indexed: dict[str, FileMetadata] = {}
+        with suppress(ImageSearchError):  # a shard is missing: what has changed since it was indexed is shown as it is
+            indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
         file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
         pictures = pool.map(self._hit_picture, file_paths)
         name, short_name = query_name(query), _short_name(query)

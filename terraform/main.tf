@@ -59,8 +59,8 @@ resource "ibm_database" "elasticsearch" {
   # Not validations of the variable: if one fails, Terraform prints the refused value, even if it is sensitive.
   lifecycle {
     precondition {
-      condition     = length(var.elastic_password) >= 15 && length(var.elastic_password) <= 72
-      error_message = "elastic_password must have 15 to 72 characters."
+      condition     = length(var.elastic_password) >= 15 && length(var.elastic_password) <= 32
+      error_message = "elastic_password must have 15 to 32 characters."
     }
 
     precondition {

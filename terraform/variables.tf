@@ -24,7 +24,7 @@ variable "region" {
 }
 
 variable "elastic_password" {
-  description = "Password to set for the database user admin: 15 to 72 characters (IBM's documentation says at most 32). Terraform also stores it in the state file."
+  description = "Password to set for the database user admin: 15 to 32 letters, digits, - and _, beginning with a letter or digit, with a lowercase letter, an uppercase letter and a digit among them. Terraform also stores it in the state file."
   type        = string
   sensitive   = true
   nullable    = false
