@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
+from imagesearch.content import opened_from_memory
 from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError, describe_error
 from imagesearch.files import stream_sha256
@@ -14,6 +16,7 @@ from imagesearch.images import image_extensions
 from imagesearch.paths import file_path_to_local, is_ambiguous, normalize_folder, path_to_text, quote_path
 from imagesearch.report import SILENT, Report
 
+MAX_SMALL_BYTES = 1 << 18  # of a file that is read into memory at once: fewer calls that other threads wait for
 MAX_MTIME = 2**63 - 1  # what an index can store, in nanoseconds
 
 
@@ -58,8 +61,10 @@ class FolderSource:
                                 (links if entry.is_symlink() else folders).append(entry.path)
                             elif kind := _skipped_kind(entry):
                                 report.count_skipped(kind)
+                            elif stat.S_ISREG((status := entry.stat()).st_mode):
+                                yield self._image(entry.path, status)
                             else:
-                                yield self._image(entry.path, entry.stat())
+                                report.count_skipped("not a regular file")
                         except OSError as error:
                             if error.errno == errno.ELOOP:
                                 report.count_skipped("link to itself")
@@ -75,7 +80,7 @@ class FolderSource:
         return ImageFile(path, self._file_path(path), desc, status.st_size, _mtime(status))
 
     def _file_path(self, path: str) -> str:
-        return os.path.join(self.name, path_to_text(os.path.relpath(path, self._root)))
+        return self.name + path_to_text(path.removeprefix(self._root))
 
     @contextlib.contextmanager
     def open_images(self, images: Sequence[ImageFile]) -> Iterator[list[OpenedImage | Unreadable]]:
@@ -126,13 +131,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _skipped_kind(entry: os.DirEntry[str]) -> str:
-    """Returns the kind of a file that is skipped, empty for an image. Raises OSError if it cannot be examined."""
+    """Returns the kind of a file whose name says that it is not an image, empty for an image."""
     if entry.name.startswith("."):
         return "hidden"
     extension = os.path.splitext(entry.name)[1].lower()
     if extension not in image_extensions():
         return path_to_text(extension) or "without extension"
-    return "" if stat.S_ISREG(entry.stat().st_mode) else "not a regular file"
+    return ""
 
 
 def _mtime(status: os.stat_result) -> int:
@@ -144,6 +149,10 @@ def open_file(path: str, name: str) -> Iterator[OpenedImage]:
     """Yields a regular file, called `name` in messages; opening a pipe could wait forever. Raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("is a folder" if os.path.isdir(path) else "not a regular file")
-    with open(path, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        yield OpenedImage(name, stream, status.st_size, _mtime(status), stream_sha256(stream))
+    with open(path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size <= MAX_SMALL_BYTES:
+            yield opened_from_memory(name, file.read(), _mtime(status))
+        else:
+            stream = io.BufferedReader(file)
+            yield OpenedImage(name, stream, status.st_size, _mtime(status), stream_sha256(stream))

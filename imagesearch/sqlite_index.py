@@ -156,24 +156,25 @@ class SqliteIndex:
                 yield from written
 
     def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> list[Document | MetadataUpdate]:
-        """Writes documents in one transaction; returns those that are stored."""
-        with self._transaction():
-            return [item for item in batch if self._write_one(item)]
-
-    def _write_one(self, item: Document | MetadataUpdate) -> bool:
-        """Writes one document; returns False if there is none whose metadata could be updated."""
-        assert self._database
-        image = item.image
-        if isinstance(item, MetadataUpdate):
-            update = "UPDATE images SET size = ?, mtime = ? WHERE index_name = ? AND id = ?"
-            self._database.execute(update, (image.size, image.mtime, self._name, image.id))
-            return self._database.changes() == 1
-        row = (image.file_path, image.desc, image.size, image.mtime, item.sha256, item.embedding.tobytes())
+        """Writes documents in one transaction; returns those that are stored: all but updates of what is not there."""
         insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (index_name, id) DO UPDATE
                     SET size = excluded.size, mtime = excluded.mtime, sha256 = excluded.sha256,
                         embedding = excluded.embedding"""
-        self._database.execute(insert, (self._name, image.id, *row))
-        return True
+        update = "UPDATE images SET size = ?, mtime = ? WHERE index_name = ? AND id = ?"
+        rows = [self._row(item) for item in batch if isinstance(item, Document)]
+        missing: set[str] = set()
+        with self._transaction() as database:
+            database.executemany(insert, rows)
+            for image in (item.image for item in batch if isinstance(item, MetadataUpdate)):
+                database.execute(update, (image.size, image.mtime, self._name, image.id))
+                if not database.changes():
+                    missing.add(image.id)
+        return [item for item in batch if item.image.id not in missing]
+
+    def _row(self, item: Document) -> tuple[Any, ...]:
+        image = item.image
+        file = (image.file_path, image.desc, image.size, image.mtime)
+        return (self._name, image.id, *file, item.sha256, item.embedding.tobytes())
 
     def count_below(self, folder: str) -> int:
         prefix = folder.rstrip("/") + "/"
