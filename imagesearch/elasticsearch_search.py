@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 Body = dict[str, Any]
 
 CONNECT_TIMEOUT_SECONDS, REQUEST_TIMEOUT_SECONDS = 10, 30
-MAX_SEARCHES = 16  # under way at a time, so that a distant server is not waited for
+MAX_SEARCHES = 32  # under way at a time, so that a distant server is not waited for
 MIN_CANDIDATES, MAX_CANDIDATES = 500, 10_000  # Elasticsearch's limit is 10,000
 
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
@@ -135,7 +135,7 @@ class ElasticsearchSearch:
             "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * k)),
             "rescore_vector": {"oversample": 2},
         }
-        body: Body = {"knn": knn, "size": k, "_source": False, "fields": ["file_path", "desc"]}
+        body: Body = {"knn": knn, "size": k, "_source": False, "docvalue_fields": ["file_path", "desc"]}
         if desc is not None:
             knn["filter"] = {"term": {"desc": desc}}
         if min_score is not None:

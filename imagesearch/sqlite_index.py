@@ -28,6 +28,11 @@ from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
 from imagesearch.paths import quote_path
 
+# SQLite counts the memory it uses under one lock, which every thread's sqlite-vec would take twice a row.
+apsw.shutdown()
+apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
+apsw.initialize()
+
 APPLICATION_ID = 0x494D5345  # "IMSE": marks the file as this project's
 SCHEMA_VERSION = 2
 TRANSACTION_SIZE = 128  # documents in one transaction
