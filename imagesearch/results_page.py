@@ -1,6 +1,7 @@
 """The results as an HTML page: one file, no scripts, nothing loaded from anywhere."""
 
 import base64
+import functools
 import hashlib
 import html
 import io
@@ -30,6 +31,7 @@ from imagesearch.sources import open_location, open_query
 
 THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
 THUMBNAIL_QUALITY = 75
+RECENT_PICTURES = 2000  # whose HTML is kept, some 15 kB each, for the next sections
 READERS = 16  # pictures that are read at once, at least; reading from a bucket is mostly waiting
 
 STYLE = """
@@ -120,6 +122,7 @@ class Page:
     def __init__(self, path: Path, index: Index, name: str, metadata: IndexMetadata, limits: str = "") -> None:
         self._path = path
         self._index = index
+        self._recent_picture = functools.lru_cache(RECENT_PICTURES)(self._hit_picture)
         self._folder = path_to_text(index_folder(metadata.folder))
         self._header = f"<p>Index {escape(name)}, made with {escape(metadata.model.description)}</p>"
         self._limits = escape(limits)
@@ -178,7 +181,7 @@ class Page:
         with suppress(ImageSearchError):  # a shard is missing: what has changed since it was indexed is shown as it is
             indexed = self._index.get_file_metadata([hit["_id"] for hit in hits])
         file_paths = [(hit["fields"]["file_path"][0], indexed.get(hit["_id"])) for hit in hits]
-        pictures = pool.map(self._hit_picture, file_paths)
+        pictures = pool.map(self._recent_picture, file_paths)
         name, short_name = query_name(query), _short_name(query)
         yield f"""<section aria-labelledby="query-{number}">
 <div class="query">
