@@ -1,8 +1,12 @@
 """The fixtures of all tests."""
 
+import contextlib
+import functools
 import hashlib
 import os
+import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +18,24 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
+from imagesearch.files import atomic_write
 from tests.clip_model import build
 from tests.http_servers import Hub, Web, serving
 from tests.pictures import Picture, averaging_model, image, png
-from tests.running import COUNTING, MANY, Scripts, environment
-from tests.server import FEWER, ROLES, ROOT, S3, Bucket, Cluster, Server, cluster, s3_server, unavailable
+from tests.running import COUNTING, MANY, Scripts, environment, wait_until
+from tests.server import (
+    FEWER,
+    ROLES,
+    ROOT,
+    S3,
+    START_SECONDS,
+    Bucket,
+    Cluster,
+    Server,
+    cluster,
+    s3_server,
+    unavailable,
+)
 
 TEST_ES_URL = os.environ.get("TEST_ES_URL")
 Fixture = TypeVar("Fixture", bound=Callable[..., Any])
@@ -36,14 +53,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
         if any(getattr(definitions[-1].func, "is_slow", False) for definitions in fixtures):
             item.add_marker(pytest.mark.slow)
+        for name in SERVERS:
+            if name not in SHARED and name in getattr(item, "fixturenames", ()):  # all such tests on one worker
+                item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
-# Servers that all tests share. They start in the background, one after the other, while the first tests run.
+# Servers, which start in the background, one after the other, while the first tests run. With several workers
+# (pytest-xdist), the process that starts them starts the servers that all share, and hands them over in files.
+
+
+@contextlib.contextmanager
+def elasticsearch() -> Iterator[Server]:
+    with cluster(1, roles=ROLES | FEWER) as node:
+        yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES | FEWER})
 
 
 SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "server": lambda: cluster(1, roles=ROLES | FEWER),
+    "server": elasticsearch,
     "s3": s3_server,
     # A server to kill; it takes one bulk at a time for one shard and lets one more wait.
     "fragile_server": lambda: cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1),
@@ -51,17 +78,44 @@ SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "three_nodes": lambda: cluster(3),
     "elasticsearch_9": lambda: cluster(1, release="9.2.0"),
 }
+SHARED = ("server", "s3")
+HANDED_OVER = "IMAGESEARCH_TEST_SERVERS"  # the folder of the files with the shared servers
 _started: dict[str, "Future[tuple[Any, ExitStack]]"] = {}
 _pool = ThreadPoolExecutor(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[HANDED_OVER] = tempfile.mkdtemp(prefix="imagesearch-servers-")
+        for name in SHARED if not TEST_ES_URL else ("s3",):
+            _started[name] = _pool.submit(_start, name)
+            _started[name].add_done_callback(functools.partial(_hand_over, Path(os.environ[HANDED_OVER], name)))
+
+
+def _hand_over(path: Path, started: "Future[tuple[Any, ExitStack]]") -> None:
+    """Writes a server, or the reason why there is none, to a file."""
+    error = started.exception()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(pickle.dumps(str(error) if error else started.result()[0]))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if HANDED_OVER in os.environ and not hasattr(config, "workerinput"):
+        for started in _started.values():
+            if not started.exception():
+                started.result()[1].close()
+        shutil.rmtree(os.environ[HANDED_OVER])
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to start the servers that the selected tests need."""
+    """Begins to start the servers that the selected tests need, unless there are several workers."""
+    if session.config.option.collectonly or HANDED_OVER in os.environ:
+        return
     needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if any(getattr(item, "callspec", None) and "elastic" in item.callspec.params.values() for item in session.items):  # type: ignore[attr-defined]
         needed.add("server")
     for name in SERVERS:
-        if name in needed and not session.config.option.collectonly and not (name == "server" and TEST_ES_URL):
+        if name in needed and not (name == "server" and TEST_ES_URL):
             _started[name] = _pool.submit(_start, name)
 
 
@@ -71,7 +125,15 @@ def _start(name: str) -> tuple[Any, ExitStack]:
 
 
 def started(name: str) -> Iterator[Any]:
-    """Yields a server as soon as it has started, and ends it."""
+    """Yields a server as soon as it has started, and ends it unless it is shared with other workers."""
+    if name in SHARED and HANDED_OVER in os.environ:
+        path = Path(os.environ[HANDED_OVER], name)
+        wait_until(path.exists, 2 * START_SECONDS)
+        server = pickle.loads(path.read_bytes())
+        if isinstance(server, str):
+            unavailable(server)
+        yield server
+        return
     if name not in _started:
         _started[name] = _pool.submit(_start, name)
     server, stack = _started[name].result()
@@ -106,8 +168,7 @@ def server() -> Iterator[Server]:
     if TEST_ES_URL:
         yield Server(TEST_ES_URL, os.environ.get("TEST_ES_CA_CERT", ""))
         return
-    for node in started("server"):
-        yield Server(node.url, str(node.ca), {role: node.url_as(role) for role in ROLES | FEWER})
+    yield from started("server")
 
 
 @pytest.fixture(scope="session")

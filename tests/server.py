@@ -286,6 +286,10 @@ class S3:
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the process: what is pickled for another one can use the server, not end it."""
+        return vars(self) | {"process": None}
+
     @property
     def environment(self) -> dict[str, str]:
         """The variables with which obstore, and so the scripts, find it."""
