@@ -8,13 +8,12 @@ from imagesearch.errors import ImageSearchError
 from imagesearch.files import file_sha256
 
 REPOSITORY, FILE_NAME = "minimaxir/imgbeddings", "patch32_v1.onnx"
-TIMEOUT_SECONDS = 10
 
 
 def clip_path() -> Path:
     """Returns the path of imgbeddings' CLIP model; downloads it, with progress, if it is not in the hub's cache.
 
-    Raises ImageSearchError if the hub does not answer within about ten seconds, or the file is damaged.
+    Raises ImageSearchError if the hub does not answer within HF_HUB_ETAG_TIMEOUT, 10 seconds, or the file is damaged.
     """
     path = _cached_path() or _download()
     # The cache keeps a large file under its SHA-256, with a link to it; our hash of it is remembered.
@@ -45,11 +44,12 @@ def _cached_path() -> Path | None:
 
 def _download() -> Path:
     """Downloads the model into the hub's cache. Raises ImageSearchError if that fails."""
+    # Late: it takes half a second to import, and is needed once.
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
         # hf_hub_download alone would retry for minutes if nothing answers.
-        get_hf_file_metadata(hf_hub_url(REPOSITORY, FILE_NAME), timeout=TIMEOUT_SECONDS)
+        get_hf_file_metadata(hf_hub_url(REPOSITORY, FILE_NAME), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(hf_hub_download(REPOSITORY, FILE_NAME))
     except Exception as error:  # of the hub, of its HTTP client, of the file system
         raise ImageSearchError(

@@ -60,9 +60,8 @@ def test_the_same_path_with_other_images_prunes_nothing(scripts: Scripts, pictur
     assert counts(scripts.create("--prune-all")) == {"new": 3, "deleted": 6}
 
 
-def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(local: Scripts, picture: Picture) -> None:
-    for number in range(2000):
-        picture(f"images/{number}.png", size=(200, 200), seed=number)
+def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(local: Scripts, many_images: Path) -> None:
+    shutil.copytree(many_images / "images", local.folder / "images")
     process = local.start("create.py", "--model", "thumbnail", "--prune")
     wait_until(lambda: process.poll() is not None or rows(local.folder / "imagesearch.db") > 0)
     (local.folder / "images").rename(local.folder / "disk")

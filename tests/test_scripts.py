@@ -122,10 +122,10 @@ def test_prune_forgets_what_is_gone_below_the_folder_only(
     assert counts(scripts.create("--prune")) == {"unchanged": 21, "deleted": 10}
     expected = sorted(f"./{path.relative_to(scripts.folder)}" for path in birds[10:])
     assert scripts.paths() == sorted([*expected, "./other/a.png", "./images-too/b.png"])
-    for path in birds[10:]:  # what is left is still found where it was
-        assert scripts.search(path)[0]["hits"]["hits"][0]["fields"]["file_path"] == [
-            f"./{path.relative_to(scripts.folder)}"
-        ]
+    # What is left is still found where it was.
+    assert [response["hits"]["hits"][0]["fields"]["file_path"] for response in scripts.search(*birds[10:])] == [
+        [f"./{path.relative_to(scripts.folder)}"] for path in birds[10:]
+    ]
 
 
 def test_hidden_and_other_files_are_skipped_and_counted_by_kind(scripts: Scripts, picture: Picture) -> None:
