@@ -6,7 +6,7 @@ from imagesearch.start import run  # first: Ctrl-C and missing dependencies, bef
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
@@ -37,17 +37,14 @@ def main() -> int:
         metadata, model = prepare_index(index, metadata, arguments)
         with interrupt, progress:
             index.refresh()  # what an interrupted run has written is not embedded again
-            progress.start_bar(find_images(source, arguments.part))
+            progress.start(arguments.index, metadata.model, find_images(source, arguments.part))
             changed = find_changed(find_images(source, arguments.part, progress), index, interrupt, progress)
             with closing(embed_images(changed, source, model, index, progress, interrupt)) as documents:
                 for document in index.write(documents):
                     progress.count_written(document)
             index.refresh()
             if arguments.prune and not interrupt.signal:
-                check_source(source, index, metadata, interrupt, arguments)  # the disk may be unmounted by now
-                for deleted in interrupt.until_interrupted(prune(index, source, arguments.part)):
-                    progress.deleted += deleted
-                index.refresh()
+                delete_gone(source, index, interrupt, progress, arguments)
         say_what_is_left(index, source, interrupt, progress, arguments)
     return 128 + interrupt.signal if interrupt.signal else int(progress.unreadable > 0)
 
@@ -93,7 +90,7 @@ def prepare_index(
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
     console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
-    if arguments.part.count > 1 and not os.environ.get("ES_URL"):
+    if arguments.part.count > 1 and not os.environ.get("ES_URL", "").strip():
         console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     return metadata, model
 
@@ -109,13 +106,25 @@ def find_changed(
     """Yields new and changed images, until the run is interrupted."""
     for batch in batch_until_error(interrupt.until_interrupted(images), BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
-        for image in interrupt.until_interrupted(batch):
+        for image in batch:
             known = indexed.get(image.id)
-            if known and (known.size, known.mtime) == (image.size, image.mtime):
+            if known and known.is_of(image):
                 progress.count_unchanged()
             else:
                 progress.start_embedding()
                 yield Candidate(image, known)
+
+
+def delete_gone(
+    source: Source, index: WritableIndex, interrupt: Interrupt, progress: Progress, arguments: argparse.Namespace
+) -> None:
+    """Deletes the documents whose files are gone; checks again, since a disk may have been unmounted by now."""
+    source.check()
+    if not arguments.prune_all:
+        check_prune(index, source, interrupt)
+    for deleted in prune(index, source, arguments.part, interrupt):
+        progress.deleted += deleted
+    index.refresh()
 
 
 def say_what_is_left(
@@ -126,9 +135,10 @@ def say_what_is_left(
         left = f" with the {progress.left:,} images that are left" if progress.left else ""
         console.say(f"Run the command again to continue{left}.")
     elif arguments.part.count == 1 and not arguments.prune and not progress.unreadable:
-        gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
-        if gone > 0:
-            console.say(f"The files of {gone:,} documents are gone; --prune deletes the documents.")
+        with suppress(ImageSearchError):  # the run itself is complete
+            gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
+            if gone > 0:
+                console.say(f"{gone:,} documents have no image any more; --prune deletes those whose files are gone.")
 
 
 if __name__ == "__main__":

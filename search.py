@@ -100,9 +100,11 @@ def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Names
         return Result(query.name, response)
 
     with ThreadPoolExecutor(index.max_searches) as pool:
+        is_checked = False
         for result in map_buffered(pool, search, queries, 2 * index.max_searches):
-            if is_complete(result) and not result.response["hits"]["hits"]:
+            if not is_checked and is_complete(result) and not result.response["hits"]["hits"]:
                 check_class(index, arguments)
+                is_checked = True
             yield result
 
 

@@ -1,6 +1,7 @@
 """The command lines of both scripts."""
 
 import argparse
+import itertools
 import os
 import re
 from contextlib import suppress
@@ -87,9 +88,9 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_index_options()
     arguments, others = parser.parse_known_args()
     if others:
-        name = quote_path(" ".join(others))
-        proposal = "" if others[0].startswith("-") else f"; to index a folder or bucket, use --images {name}"
-        parser.error(f"unrecognized arguments: {name}{proposal}")
+        name = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), others))
+        proposal = f"; to index a folder or bucket, use --images {quote_path(name)}" if name else ""
+        parser.error(f"unrecognized arguments: {quote_path(' '.join(others))}{proposal}")
     arguments.prune |= arguments.prune_all
     parser.check_index_options(arguments)
     return arguments
@@ -177,8 +178,8 @@ class Parser(argparse.ArgumentParser):
         arguments.db = arguments.db or Path(DEFAULT_DATABASE)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the argument in a line of ``@FILE``: a name, even if it looks like an option."""
-        return [f"./{line}" if line.startswith("-") and line != "-" else line] if line else []
+        """Returns the argument in a line of ``@FILE``: a name, even if it looks like an option or another ``@FILE``."""
+        return [f"./{line}" if line.startswith(("-", "@")) and line != "-" else line] if line else []
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{self.prog}: {message}. See {self.prog} --help.\n")
@@ -188,8 +189,10 @@ class StoreOnce(argparse.Action):
     """Stores an option's value, and refuses the option if it is given twice."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not self.default:
+        given: set[str] = getattr(namespace, "given", set())
+        if self.dest in given:
             parser.error(f"argument {option_string}: given more than once; run the script once for each")
+        namespace.given = given | {self.dest}
         setattr(namespace, self.dest, values)
 
 

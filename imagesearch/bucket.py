@@ -16,7 +16,7 @@ from obstore.store import from_url
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
 from imagesearch.documents import BATCH_SIZE, ImageFile, OpenedImage, Unreadable
-from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.errors import UsageError, describe_error
 from imagesearch.images import image_extensions
 from imagesearch.parallel import batch_until_error
 from imagesearch.paths import quote_path
@@ -32,7 +32,7 @@ RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 for _store in ("AWS", "GOOGLE", "AZURE"):
     os.environ.setdefault(f"{_store}_TIMEOUT", "10m")
     os.environ.setdefault(f"{_store}_READ_TIMEOUT", "30s")
-HEAD_THREADS = 32
+READERS = 64  # objects that are read at once, however many CPUs there are
 
 CREDENTIALS_HINT = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, and AWS_ENDPOINT_URL unless it is AWS",
@@ -76,23 +76,11 @@ class BucketSource:
         self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
         self._store = _open_store(self._bucket_url)
         self._retry = retry
-        self._service = f"The bucket {self._bucket_url}"
+        self._readers = ThreadPoolExecutor(READERS)
 
     def check(self) -> None:
-        try:
-            self._retry.run_interruptibly(
-                self._service,
-                lambda: _translated(
-                    lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), self._bucket_url
-                ),
-            )
-        except RetryableError as error:
-            raise ImageSearchError(f"The bucket cannot be reached: {error}. {error.hint}") from None
-        except OSError as error:
-            hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
-            raise UsageError(f"{quote_path(self.name)}: {describe_error(error)}. Check {hint}.") from None
-        except InvalidKeyError:  # find_images reports it
-            pass
+        with contextlib.suppress(InvalidKeyError):  # find_images reports it
+            self._listed(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), once=True)
 
     def find_images(self, report: Report = SILENT) -> Iterator[ImageFile]:
         found: set[int] = set()
@@ -130,9 +118,7 @@ class BucketSource:
         # All at once: if each object were to wait for room, two chunks could wait for each other.
         needed = sum(min(image.size, MAX_CONTENT_BYTES) for image in images)
         with content_memory.reserve(needed):
-            with ThreadPoolExecutor(max(1, len(images))) as pool:
-                opened = list(pool.map(read, images))
-            yield opened
+            yield list(self._readers.map(read, images))
 
     def find_gone(self, file_paths: Iterable[str]) -> Iterator[str]:
         listing = self._list(SILENT)  # once, alongside the sorted paths
@@ -144,9 +130,8 @@ class BucketSource:
                 listed.add(last)
             # A listing alone is no proof: some stores do not list in order.
             missing = [key for key in keys if key not in listed]
-            with ThreadPoolExecutor(HEAD_THREADS) as pool:
-                are_gone = pool.map(self._is_gone, missing)
-                yield from (f"{self._bucket_url}/{key}" for key, gone in zip(missing, are_gone, strict=True) if gone)
+            are_gone = self._readers.map(self._is_gone, missing)
+            yield from (f"{self._bucket_url}/{key}" for key, gone in zip(missing, are_gone, strict=True) if gone)
             listed = {last}
 
     def _is_gone(self, key: str) -> bool:
@@ -182,14 +167,14 @@ class BucketSource:
                 stream = None  # the next attempt lists from the last key on
                 raise
 
-        while chunk := self._call_interruptibly(next_chunk):
+        while chunk := self._listed(next_chunk):
             yield from chunk
             offset = chunk[-1]["path"]
 
     def _list_by_folder(self, prefix: str, offset: str, report: Report) -> Iterator[Any]:
         """Yields what `_list_flat` yields, folder by folder: obstore drops a page that has an invalid key."""
         try:
-            listing = self._call_interruptibly(lambda: obstore.list_with_delimiter(self._store, prefix or None))
+            listing = self._listed(lambda: obstore.list_with_delimiter(self._store, prefix or None))
         except InvalidKeyError:
             yield from self._list_around(prefix, offset, report)
             return
@@ -214,8 +199,21 @@ class BucketSource:
                 )
                 offset = max(offset, error.next_key)
 
-    def _call_interruptibly(self, function: Callable[[], Result]) -> Result:
-        return self._retry.call_interruptibly(self._service, lambda: _translated(function, self._bucket_url))
+    def _listed(self, function: Callable[[], Result], once: bool = False) -> Result:
+        """Returns ``function()``, which lists objects; retried unless it is to be tried `once`.
+
+        Raises UsageError if the bucket cannot be listed.
+        """
+        call = self._retry.call_once if once else self._retry.call
+        service = f"The bucket {self._bucket_url}"
+        try:
+            return call(
+                service,
+                lambda: self._retry.run_interruptibly(service, lambda: _translated(function, self._bucket_url)),
+            )
+        except OSError as error:
+            hint = CREDENTIALS_HINT[self._bucket_url.partition("://")[0]]
+            raise UsageError(f"{quote_path(self.name)}: {describe_error(error)}. Check {hint}.") from None
 
 
 class InvalidKeyError(Exception):

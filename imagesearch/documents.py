@@ -86,6 +86,10 @@ class FileMetadata:
     mtime: int
     sha256: str
 
+    def is_of(self, image: ImageFile) -> bool:
+        """Returns True if the file's size and mtime are these, so that its content is taken to be unchanged."""
+        return (self.size, self.mtime) == (image.size, image.mtime)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

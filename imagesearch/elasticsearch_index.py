@@ -128,9 +128,14 @@ class ElasticsearchIndex(ElasticsearchSearch):
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
         errors: list[ImageSearchError] = []  # after the first one, nothing more is sent
-        batches = itertools.takewhile(lambda _: not errors, batch_until_error(items, BULK_SIZE))
+
+        def batches() -> Iterator[list[Document | MetadataUpdate]]:
+            batches = batch_until_error(items, BULK_SIZE)
+            while not errors and (batch := next(batches, None)):
+                yield batch
+
         with ThreadPoolExecutor(BULK_REQUESTS) as pool:
-            for bulk in map_buffered(pool, self._write_batch, batches, BULK_REQUESTS):
+            for bulk in map_buffered(pool, self._write_batch, batches(), BULK_REQUESTS):
                 yield from bulk.items
                 if bulk.error:
                     errors.append(bulk.error)

@@ -18,7 +18,6 @@ from imagesearch.elasticsearch_errors import (
     error_reason,
     hint,
     is_missing_index,
-    moved_index_error,
     parse_response,
 )
 from imagesearch.errors import ImageSearchError, UsageError
@@ -106,14 +105,13 @@ class ElasticsearchSearch:
         return {hit["_id"]: FileMetadata(*(hit["fields"][name][0] for name in fields)) for hit in hits}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
-        options = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
+        options: Body = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
         query = {"terms": {"sha256": list(sha256s)}}
-        try:  # not retried: an unreachable index has no copies to offer, and the run has to continue
-            hits = self._search_all(query, **options)
-            if len(hits) == options["size"]:  # many copies of one content may hide another; collapsing costs more
-                hits = self._search_all(query, collapse={"field": "sha256"}, **options)
-        except RetryableError as error:
-            raise ImageSearchError(str(error)) from None
+        # Not retried: an unreachable index has no copies to offer, and the run has to continue.
+        hits = self._retry.call_once("Elasticsearch", lambda: self._search_all(query, **options))
+        if len(hits) == options["size"]:  # many copies of one content may hide another; collapsing costs more
+            options["collapse"] = {"field": "sha256"}
+            hits = self._retry.call_once("Elasticsearch", lambda: self._search_all(query, **options))
         return {hit["fields"]["sha256"][0]: np.array(hit["fields"]["embeddings"], np.float32) for hit in hits}
 
     def list_classes(self) -> list[str]:
@@ -145,7 +143,9 @@ class ElasticsearchSearch:
         if status == 404 or (
             status == 200 and any(hit["_index"] != self._concrete_index for hit in response["hits"]["hits"])
         ):
-            raise moved_index_error(self._name)
+            raise ImageSearchError(
+                f"{self._name} no longer points to the index that it pointed to before. Run the command again."
+            )
         if status != 200:
             reason = error_reason(response)
             if "rescore_vector" in reason:
@@ -171,8 +171,8 @@ class ElasticsearchSearch:
         return self._retry.call("Elasticsearch", function)
 
     def _request(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
-        """Sends a request as `_send` does, but is never retried."""
-        return NO_RETRY.call("Elasticsearch", lambda: self._send(method, path, body))
+        """Sends a request as `_send` does, but never raises RetryableError."""
+        return self._retry.call_once("Elasticsearch", lambda: self._send(method, path, body))
 
     def _send(self, method: str, path: str, body: Body | None = None) -> tuple[int, dict[str, Any]]:
         """Sends one request to the first host that answers; returns the status and the JSON body.

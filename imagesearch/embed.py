@@ -31,7 +31,7 @@ def embed_images(
     model: Model,
     index: Index,
     report: Report,
-    interrupt: Interrupt | None = None,
+    interrupt: Interrupt,
 ) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order.
 
@@ -44,7 +44,7 @@ def embed_images(
     embedder = Embedder(lambda: model, index, cpus)
 
     def embed_chunk(chunk: Sequence[Candidate]) -> list[Document | MetadataUpdate | Unreadable]:
-        if interrupt and interrupt.signal:  # what has begun is finished; the next run does the rest
+        if interrupt.signal:  # what has begun is finished; the next run does the rest
             return []
         with source.open_images([candidate.image for candidate in chunk]) as opened:
             pairs = list(zip(chunk, opened, strict=True))

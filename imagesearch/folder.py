@@ -59,6 +59,8 @@ class FolderSource:
                         try:
                             if _is_folder(entry):
                                 (links if entry.is_symlink() else folders).append(entry.path)
+                            elif entry.name == ".gitignore":  # of images/ in a clone
+                                continue
                             elif kind := _skipped_kind(entry):
                                 report.count_skipped(kind)
                             elif stat.S_ISREG((status := entry.stat()).st_mode):
@@ -94,6 +96,7 @@ class FolderSource:
             yield opened
 
     def find_gone(self, file_paths: Iterable[str]) -> Iterator[str]:
+        _names.cache_clear()
         return filter(self._is_gone, file_paths)
 
     def _is_gone(self, file_path: str) -> bool:

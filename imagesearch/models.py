@@ -70,6 +70,7 @@ def load_index_model(info: ModelInfo, name: str | None, image_count: int | None 
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
     """
+    check_version(info)
     if name in MODEL_NAMES and info.name in MODEL_NAMES and name != info.name:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:

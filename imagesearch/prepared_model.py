@@ -29,9 +29,6 @@ def prepared_model_path(path: Path, sha256: str) -> Path:
         prepared = cache_folder() / f"{sha256}.{weights}-{REWRITE_VERSION}.{onnxruntime.__version__}.ort"
         if not prepared.exists():
             _prepare(path, weights, prepared)
-            for old in cache_folder().glob(f"{sha256}.*.ort"):
-                if not old.name.endswith(f".{onnxruntime.__version__}.ort"):
-                    old.unlink()
     except Exception:  # no model, no such folder, a full disk, for which ONNX Runtime has its own errors
         return path
     return prepared

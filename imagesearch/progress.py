@@ -13,7 +13,7 @@ from typing import Self
 from tqdm import tqdm
 
 from imagesearch import console
-from imagesearch.documents import Document, MetadataUpdate
+from imagesearch.documents import Document, MetadataUpdate, ModelInfo
 from imagesearch.paths import quote_path
 
 UNREADABLE_SHOWN = 20
@@ -30,6 +30,7 @@ class Progress:
     def __init__(self) -> None:
         self.new = self.updated = self.copied = self.unchanged = self.deleted = self.unreadable = 0
         self._skipped: collections.Counter[str] = collections.Counter()
+        self._index = ""
         self._total: int | None = None
         self._started = time.monotonic()
         self._embedding_started: float | None = None
@@ -50,8 +51,12 @@ class Progress:
         """How many images have not been dealt with, None if that is not known."""
         return None if self._total is None else max(0, self._total - self._done)
 
-    def start_bar(self, images: Iterable[object]) -> None:
-        """Shows a bar if stderr is a terminal. `images` are counted on a thread, while the work goes on."""
+    def start(self, index: str, model: ModelInfo, images: Iterable[object]) -> None:
+        """Shows a bar if stderr is a terminal. `images` are counted on a thread, while the work goes on.
+
+        The summary names the index and its model.
+        """
+        self._index = f"; index {index}, {model.description}"
         if sys.stderr.isatty():
             self._bar = tqdm(bar_format="{desc}", desc=self._status(), dynamic_ncols=True, mininterval=0.2)
             threading.Thread(target=self._count, args=[images], daemon=True).start()
@@ -145,7 +150,7 @@ class Progress:
         for name in ("unchanged", "deleted", "unreadable"):
             if number := getattr(self, name):
                 counts.append(f"{number:,} {name}")
-        return f"{', '.join(counts)} in {seconds:.1f} s{rate}{self._skipped_kinds()}"
+        return f"{', '.join(counts)} in {seconds:.1f} s{rate}{self._index}{self._skipped_kinds()}"
 
     def _skipped_kinds(self) -> str:
         """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""

@@ -16,9 +16,13 @@ from imagesearch.sources import Part, Source
 SAMPLE_SIZE = 16  # images whose content tells whether the source is the one that was indexed
 
 
-def prune(index: WritableIndex, source: Source, part: Part) -> Iterator[int]:
-    """Deletes the documents below `source` whose files are gone; yields the number deleted, batch by batch."""
-    paths = (path for path in index.list_paths(source.name) if part.contains(document_id(path)))
+def prune(index: WritableIndex, source: Source, part: Part, interrupt: Interrupt) -> Iterator[int]:
+    """Deletes the documents below `source` whose files are gone; yields the number deleted, batch by batch.
+
+    After an interruption it looks no further; what was found by then is still deleted.
+    """
+    listed = interrupt.until_interrupted(index.list_paths(source.name))
+    paths = (path for path in listed if part.contains(document_id(path)))
     for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
         yield index.delete([document_id(path) for path in gone])
 
@@ -41,7 +45,7 @@ def check_moved(index: WritableIndex, metadata: IndexMetadata, source: Source) -
     """
     is_here = index_folder(metadata.folder) == path_from_text(metadata.folder)
     is_relative = source.name == "." or source.name.startswith("./")
-    if not is_here and is_relative and index.count_below(".") and not _has_known_content(index, source):
+    if not is_here and is_relative and index.count_below(".") and not _has_known_image(index, source):
         raise UsageError(
             f"The paths in the index are relative to {quote_path(metadata.folder)}, which is not here, and the images"
             f" in {quote_path(source.name)} look new: use another --index for them."
@@ -54,7 +58,7 @@ def check_prune(index: WritableIndex, source: Source, interrupt: Interrupt) -> N
     That may be intended; but an unmounted disk, or another folder of the same name, looks the same. If
     the images' contents are in the index, the files were only renamed. What costs least is asked first.
     """
-    if not _count_all_gone(index, source, interrupt, BATCH_SIZE) or _has_known_content(index, source):
+    if not _count_all_gone(index, source, interrupt, BATCH_SIZE) or _has_known_image(index, source):
         return
     number = _count_all_gone(index, source, interrupt)
     if not number or interrupt.signal:
@@ -84,10 +88,13 @@ def _count_all_gone(index: WritableIndex, source: Source, interrupt: Interrupt, 
     return number
 
 
-def _has_known_content(index: WritableIndex, source: Source) -> bool:
-    """Returns True if the content of one of the first images below the source is in the index."""
-    images = itertools.islice(source.find_images(), SAMPLE_SIZE)
-    for chunk in split(images, SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
+def _has_known_image(index: WritableIndex, source: Source) -> bool:
+    """Returns True if one of the first images below the source is in the index: by name, size and mtime, or content."""
+    images = list(itertools.islice(source.find_images(), BATCH_SIZE))
+    indexed = index.get_file_metadata([image.id for image in images])
+    if any((found := indexed.get(image.id)) and found.is_of(image) for image in images):
+        return True
+    for chunk in split(images[:SAMPLE_SIZE], SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
         with source.open_images(chunk) as opened:
             sha256s = [image.sha256 for image in opened if isinstance(image, OpenedImage)]
         if sha256s and index.find_embeddings(sha256s):

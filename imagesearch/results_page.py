@@ -150,7 +150,9 @@ class Page:
         """
         if not any("hits" in response for _, response in self._results):
             return False
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C removes the temporary file
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:  # of a job in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C removes the temporary file
         try:
             with atomic_write(Path(os.path.realpath(self._path))) as temporary:  # a symbolic link stays one
                 self._write_sections(temporary)

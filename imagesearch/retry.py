@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 
 INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 8.0
 INTERRUPTED_SECONDS = 2  # for which an answer is still waited for after an interruption
-SILENCE_SECONDS = 5  # without an answer, before the user is told
-SILENCE_INTERVAL_SECONDS = 30  # before the user is told again
+SLOW_SECONDS = 5  # of one call, before the user is told
+SLOW_INTERVAL_SECONDS = 30  # before the user is told again
 
 
 class RetryableError(Exception):
@@ -68,12 +68,13 @@ class Retry:
         started: float | None = None
         while True:
             try:
-                with self._say_if_silent(service):
+                with self._say_if_slow(service):
                     result = function()
             except RetryableError as error:
                 reason = str(error)
                 if self._timeout_seconds == 0:
-                    raise ImageSearchError(f"{reason[0].upper()}{reason[1:]}. {error.hint}") from None
+                    self._outages[service] = began
+                    raise _unrecovered(error) from None
                 if error.partially_done:
                     self._outages.pop(service, None)
                     began, started, delay = time.monotonic(), None, INITIAL_BACKOFF_SECONDS
@@ -98,16 +99,20 @@ class Retry:
                 )
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)
 
-    def call_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
-        """Returns what `call` returns; raises ImageSearchError soon after the run is interrupted.
-
-        ``function()`` runs on another thread: while it waits inside a library that is not Python, no signal handler
-        could run on this one.
-        """
-        return self.call(service, lambda: self.run_interruptibly(service, function))
+    def call_once(self, service: str, function: Callable[[], Result]) -> Result:
+        """Returns ``function()``, not repeated. Raises ImageSearchError in place of RetryableError."""
+        try:
+            with self._say_if_slow(service):
+                return function()
+        except RetryableError as error:
+            raise _unrecovered(error) from None
 
     def run_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
-        """Returns ``function()`` as `call_interruptibly` does, but does not retry it."""
+        """Returns ``function()``; raises ImageSearchError soon after the run is interrupted.
+
+        It runs on another thread: while it waits inside a library that is not Python, no signal handler could run on
+        this one.
+        """
         future = start_thread(function)
         interrupted: float | None = None
         while not wait([future], timeout=POLL_SECONDS).done:
@@ -118,10 +123,10 @@ class Retry:
         return future.result()
 
     @contextlib.contextmanager
-    def _say_if_silent(self, service: str) -> Iterator[None]:
+    def _say_if_slow(self, service: str) -> Iterator[None]:
         """Tells the user if the block takes long: a server that answers nothing looks like a program that hangs."""
-        text = f"Still waiting for an answer: {service} has given none for some seconds."
-        timer = threading.Timer(SILENCE_SECONDS, self._say_once, [text, SILENCE_INTERVAL_SECONDS])
+        text = f"Waiting for an answer of {service}, which takes more than {SLOW_SECONDS} seconds."
+        timer = threading.Timer(SLOW_SECONDS, self._say_once, [text, SLOW_INTERVAL_SECONDS])
         timer.daemon = True
         timer.start()
         try:
@@ -136,6 +141,11 @@ class Retry:
                 return
             self._said[text] = time.monotonic() + seconds
         self._say(text)
+
+
+def _unrecovered(error: RetryableError) -> ImageSearchError:
+    reason = str(error)
+    return ImageSearchError(f"{reason[0].upper()}{reason[1:]}. {error.hint}")
 
 
 NO_RETRY = Retry()

@@ -62,9 +62,7 @@ SEARCH_ALL = SEARCH.format("+index_name = :name")
 SEARCH_CLASS = SEARCH.format('index_name = :name AND "desc" = :desc')
 
 
-# A range of the index on file_path: what begins with the prefix is together.
-BELOW = """index_name = :name AND file_path > :after AND file_path >= :prefix
-AND substr(file_path, 1, length(:prefix)) = :prefix"""
+BELOW = "index_name = :name AND file_path > :after AND file_path < :end"  # a range of the index on file_path
 
 
 class SqliteIndex:
@@ -182,16 +180,18 @@ class SqliteIndex:
         return (self._name, image.id, *file, item.sha256, item.embedding.tobytes())
 
     def count_below(self, folder: str) -> int:
-        prefix = folder.rstrip("/") + "/"
-        query = f"SELECT count(*) FROM images WHERE {BELOW}"
-        return int(self._select(query, {"name": self._name, "prefix": prefix, "after": ""})[0][0])
+        return int(self._select(f"SELECT count(*) FROM images WHERE {BELOW}", self._below(folder))[0][0])
 
     def list_paths(self, folder: str) -> Iterator[str]:
-        values = {"name": self._name, "prefix": folder.rstrip("/") + "/", "after": ""}
+        values = self._below(folder)
         query = f"SELECT file_path FROM images WHERE {BELOW} ORDER BY file_path LIMIT {BATCH_SIZE}"
         while batch := self._select(query, values):
             yield from (file_path for (file_path,) in batch)
             values["after"] = batch[-1][0]
+
+    def _below(self, folder: str) -> dict[str, str]:
+        prefix = folder.rstrip("/")
+        return {"name": self._name, "after": f"{prefix}/", "end": f"{prefix}0"}  # 0 is the character after /
 
     def delete(self, ids: Sequence[str]) -> int:
         query = "DELETE FROM images WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"

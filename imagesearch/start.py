@@ -49,6 +49,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no thread of numpy's is needed; they take 0.1 s to start
 _open_standard_streams()
 sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # of JSON, anywhere
 if importlib.util.find_spec("imgbeddings") is None:

@@ -15,7 +15,7 @@ Picture = Callable[..., Path]
 
 
 def image(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture with large coloured patches, as different from another seed's as two photographs."""
+    """A picture with large colored patches, as different from another seed's as two photographs."""
     patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
 

@@ -110,7 +110,7 @@ KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
 COUNTS = re.compile(
     rf"^(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"
     r"(, (?P<unchanged>[\d,]+) unchanged)?(, (?P<deleted>[\d,]+) deleted)?(, (?P<unreadable>[\d,]+) unreadable)?"
-    r" in [\d.]+ s( \([\d.]+ images/s embedded\))?(; skipped: (?P<skipped>.+))?$",
+    r" in [\d.]+ s( \([\d.]+ images/s embedded\))?(; index [^;\n]+)?(; skipped: (?P<skipped>.+))?$",
     re.MULTILINE,
 )
 

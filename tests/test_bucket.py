@@ -229,7 +229,7 @@ def test_one_bad_object_is_one_line(local_s3: Scripts, bucket: Bucket) -> None:
     done = local_s3.run("search.py", f"{bucket.url}/gone.png", f"{bucket.url}/a.png")
     assert done.returncode == 1
     first, second = map(json.loads, done.stdout.splitlines())
-    assert first["error"]["reason"] == f"Cannot read {bucket.url}/gone.png: No such file or directory"
+    assert first["error"]["reason"] == f"Cannot read {bucket.url}/gone.png: No such object"
     assert second["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
 
 

@@ -29,6 +29,7 @@ from imagesearch.embed import Embedder, embed_images
 from imagesearch.errors import ImageSearchError
 from imagesearch.folder import FolderSource, open_file
 from imagesearch.images import image_extensions
+from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, Thumbnail
 from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, map_buffered, split
 from imagesearch.queries import embed_queries
@@ -78,7 +79,7 @@ def embed_all(
     errors = Errors()
     candidates = (Candidate(image_file(path), indexed) for path in paths)
     used: Any = index or Known()
-    documents = embed_images(candidates, source or FolderSource("/", "/"), model or Thumbnail(), used, errors)
+    documents = embed_images(candidates, source or FolderSource("/", "/"), model or Thumbnail(), used, errors, Interrupt())
     return list(documents), errors.reasons
 
 

@@ -170,7 +170,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert (reread(Image.new("RGB", (10, 10), (1, 2, 3)), "PNG", transparency=(1, 2, 3)) == 255).all()
 
 
-def test_deep_greyscale_is_scaled_and_not_clipped() -> None:
+def test_deep_grayscale_is_scaled_and_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     eight = np.arange(256).reshape(16, 16)
     assert np.abs(reread(Image.fromarray(ramp), "PNG")[..., 0].astype(int) - eight).max() <= 1

@@ -80,12 +80,12 @@ def test_without_a_time_limit_the_hint_is_said_at_once() -> None:
 
 
 def test_silence_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "SLOW_SECONDS", 0.05)
     said: list[str] = []
     retrying = Retry(10, Interrupt(), said.append)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: retrying.call("It", lambda: time.sleep(0.3)), range(4)))
-    assert said == ["Still waiting for an answer: It has given none for some seconds."]
+    assert said == ["Waiting for an answer of It, which takes more than 0.05 seconds."]
 
 
 def test_an_interruption_ends_a_call_that_hangs() -> None:
@@ -94,5 +94,5 @@ def test_an_interruption_ends_a_call_that_hangs() -> None:
     threading.Timer(0.2, lambda: setattr(interrupt, "signal", 2)).start()
     started = time.monotonic()
     with pytest.raises(ImageSearchError, match="Interrupted"):
-        retrying.call_interruptibly("It", lambda: time.sleep(30))
+        retrying.run_interruptibly("It", lambda: time.sleep(30))
     assert time.monotonic() - started < 5

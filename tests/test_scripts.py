@@ -66,7 +66,7 @@ def test_both_kinds_of_index_give_the_same_hits(local: Scripts, elastic: Scripts
                     assert (mine["_id"], mine["fields"]) == (yours["_id"], yours["fields"])
 
 
-def test_a_class_and_a_number_of_neighbours_can_be_asked_for(scripts: Scripts, birds: list[Path]) -> None:
+def test_a_class_and_a_number_of_neighbors_can_be_asked_for(scripts: Scripts, birds: list[Path]) -> None:
     scripts.create()
     (response,) = scripts.search(birds[0], "-k", 5, "--desc", "Wren")
     hits = response["hits"]["hits"]
