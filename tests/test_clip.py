@@ -68,6 +68,7 @@ def test_strips_do_not_show(averaging: clip.Clip, monkeypatch: pytest.MonkeyPatc
         assert np.array_equal(averaging.preprocess(image(size, 1)), pixels)
 
 
+@pytest.mark.slow
 def test_a_long_thin_picture_needs_no_square_of_its_length(averaging: clip.Clip) -> None:
     code = f"""
 import resource, sys
@@ -83,6 +84,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert grown < 200_000  # KiB; the square is 1.6 GB
 
 
+@pytest.mark.slow
 def test_a_large_jpeg_at_reduced_scale_has_nearly_the_same_embedding(averaging: clip.Clip, process_inputs: Any) -> None:
     stream = io.BytesIO()
     sharp = Image.fromarray(np.random.default_rng(1).integers(0, 256, (600, 800, 3), np.uint8))
@@ -98,6 +100,7 @@ def test_an_embedding_has_768_float32(averaging: clip.Clip) -> None:
     assert embedding.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_the_import_leaves_no_stubs_behind() -> None:
     code = f"""
 import sys

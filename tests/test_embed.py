@@ -79,7 +79,8 @@ def embed_all(
     errors = Errors()
     candidates = (Candidate(image_file(path), indexed) for path in paths)
     used: Any = index or Known()
-    documents = embed_images(candidates, source or FolderSource("/", "/"), model or Thumbnail(), used, errors, Interrupt())
+    source = source or FolderSource("/", "/")
+    documents = embed_images(candidates, source, model or Thumbnail(), used, errors, Interrupt())
     return list(documents), errors.reasons
 
 
@@ -170,6 +171,7 @@ def test_a_truncated_image_is_reported(kind: str, tmp_path: Path) -> None:
     unreadable(path)
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_reported(tmp_path: Path) -> None:
     Image.new("1", (65_500, 12_000)).save(tmp_path / "bomb.png")  # 96 kB
     assert unreadable(tmp_path / "bomb.png").startswith("65500x12000 pixels of PNG need 786 MB to decode, more than")
@@ -276,6 +278,7 @@ def test_one_image_is_embedded_on_each_cpu(tmp_path: Path) -> None:
     assert model.most == available_cpus()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpus", [2, 8, 64])
 def test_open_files_stay_below_the_limit_on_any_machine(
     cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -491,6 +494,7 @@ def seeds() -> list[bytes]:
     return contents
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.sampled_from(seeds()),

@@ -103,6 +103,7 @@ def test_the_rewrite_leaves_every_integer_the_same_on_any_cpu(seed: int, tmp_pat
     assert len(np.unique(before[0])) > 1
 
 
+@pytest.mark.slow
 def test_a_batch_would_make_an_embedding_depend_on_other_images(small_clip: Path) -> None:
     """What `embed` avoids; so the tests of one embedding for one image would notice a batch."""
     alone, together = embeddings(small_clip, 1), embeddings(small_clip, 2)
@@ -188,6 +189,7 @@ def test_what_a_killed_run_left_is_removed(small_clip: Path) -> None:
     assert {path.name for path in cache_folder().glob("*.tmp")} == {"new.ort.imagesearch-2-2.tmp", "user.tmp"}
 
 
+@pytest.mark.slow
 def test_a_cpu_that_saturates_keeps_the_weights_and_rewrites_nothing(
     small_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert thumbnail.size == (200, 320)
 
 
+@pytest.mark.slow
 def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:
     from sklearn.datasets import load_sample_images
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,7 @@ def test_verification_is_never_turned_off_but_by_insecure(elastic: Scripts, pict
 PIECES = st.text(max_size=8) | st.sampled_from(["1/", "/", "?", "#", "@", ":", ",", "%", "[", "]", "\\", " "])
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]) | st.text(max_size=5), PIECES, PIECES)
 def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: str, after: str) -> None:
@@ -112,6 +114,7 @@ def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: st
     assert "SECRET" not in shown
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]), PIECES, PIECES)
 def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:
