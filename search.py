@@ -46,10 +46,10 @@ def main() -> int:
         page = open_page(index, metadata, arguments) if arguments.html is not None else None
         get_model = model_loader(metadata.model, arguments)
         queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
-        with closing(queries), closing(search_all(queries, index, arguments)) as results:  # their threads end first
+        with closing(queries), closing(search_all(queries, index, arguments)) as results:  # before the index is closed
             for result in results:
                 console.write_line(json.dumps(result.response, ensure_ascii=False))
-                code |= explain(result)
+                code |= report(result)
                 if page:
                     page.add(result.query, result.response)
         if page and page.write():
@@ -103,7 +103,7 @@ def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Names
         is_checked = False
         for result in map_buffered(pool, search, queries, 2 * index.max_searches):
             if not is_checked and is_complete(result) and not result.response["hits"]["hits"]:
-                check_class(index, arguments)
+                explain_no_hits(index, arguments)
                 is_checked = True
             yield result
 
@@ -114,8 +114,8 @@ def is_complete(result: Result) -> bool:
     return "hits" in response and not response["_shards"]["failed"] and not response["timed_out"]
 
 
-def check_class(index: Index, arguments: argparse.Namespace) -> None:
-    """Raises UsageError if the index is empty, ImageSearchError if it has no such class: then nothing can be found."""
+def explain_no_hits(index: Index, arguments: argparse.Namespace) -> None:
+    """Raises UsageError if the index is empty, ImageSearchError if it has no such class."""
     if arguments.desc is None and arguments.min_score is not None:
         return
     classes = index.list_classes()
@@ -138,10 +138,10 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def explain(result: Result) -> int:
+def report(result: Result) -> int:
     """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
     if "error" in result.response:
-        if not sys.stdout.isatty():  # where it stands already
+        if not sys.stdout.isatty():  # which shows it already
             console.say(result.response["error"]["reason"])
         return 1
     if sys.stdout.isatty():

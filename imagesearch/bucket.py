@@ -23,7 +23,7 @@ from imagesearch.paths import quote_path
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import Retry, RetryableError
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 # obstore's own retries cover brief failures; Retry, which the user sees, covers longer ones.
 RETRY_CONFIG: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
@@ -41,8 +41,8 @@ CREDENTIALS_HINT = {
 }
 HTTP_HINT = {"s3": "AWS_ALLOW_HTTP=true", "gs": "GOOGLE_ALLOW_HTTP=true", "az": "AZURE_ALLOW_HTTP=true"}
 
-# What is raised in place of obstore's errors, which show XML and a debug dump: the first whose pattern is found in
-# "one object" or "bucket", the error's type, and its text. OSError concerns one object only.
+# What is raised in place of obstore's errors, which show XML and a debug dump. Each pattern is searched in the
+# text "one object TYPE: MESSAGE" or "bucket TYPE: MESSAGE"; the first counts. OSError concerns one object only.
 ERRORS: tuple[tuple[str, type[Exception], str], ...] = (
     ("NoSuchBucket|ContainerNotFound", UsageError, "There is no bucket {bucket} ({reason})."),
     ("^[^:]*FileNotFoundError", FileNotFoundError, "No such object"),
@@ -83,7 +83,7 @@ class BucketSource:
             self._listed(lambda: next(iter(obstore.list(self._store, self._prefix or None)), None), once=True)
 
     def find_images(self, report: Report = SILENT) -> Iterator[ImageFile]:
-        found: set[int] = set()
+        found: set[int] = set()  # hashes of keys, which may be millions
         for meta in self._list(report):
             key = meta["path"]
             below = key.removeprefix(self._prefix + "/") if self._prefix else key
@@ -199,12 +199,12 @@ class BucketSource:
                 )
                 offset = max(offset, error.next_key)
 
-    def _listed(self, function: Callable[[], Result], once: bool = False) -> Result:
+    def _listed(self, function: Callable[[], T], once: bool = False) -> T:
         """Returns ``function()``, which lists objects; retried unless it is to be tried `once`.
 
         Raises UsageError if the bucket cannot be listed.
         """
-        call = self._retry.call_once if once else self._retry.call
+        call = self._retry.call_without_retry if once else self._retry.call
         service = f"The bucket {self._bucket_url}"
         try:
             return call(
@@ -277,7 +277,7 @@ def _open_store(bucket_url: str) -> Any:
         raise UsageError(f"{bucket_url} cannot be opened ({_short_reason(error)}): check {hint}.") from None
 
 
-def _call(function: Callable[[], Result], bucket_url: str, retry: Retry, is_one_object: bool = False) -> Result:
+def _call(function: Callable[[], T], bucket_url: str, retry: Retry, is_one_object: bool = False) -> T:
     """Returns ``function()``, retried, with obstore's errors translated."""
     return retry.call(f"The bucket {bucket_url}", lambda: _translated(function, bucket_url, is_one_object))
 
@@ -290,7 +290,7 @@ def _mtime(last_modified: datetime) -> int:
     return int(last_modified.timestamp()) * 1_000_000_000
 
 
-def _translated(function: Callable[[], Result], bucket_url: str, is_one_object: bool = False) -> Result:
+def _translated(function: Callable[[], T], bucket_url: str, is_one_object: bool = False) -> T:
     """Returns ``function()`` with obstore's errors, which show XML and a debug dump, translated.
 
     Raises UsageError or ImageSearchError for what waiting does not change, OSError if that concerns one object only,

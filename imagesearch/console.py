@@ -7,7 +7,8 @@ from contextlib import suppress
 def say(text: str) -> None:
     """Prints one line for the user, on stderr; nothing if it cannot be written."""
     with suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # a print would try again at the end
+        # Not print: what it could not write, Python would try to write again at its end.
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class OutputError(Exception):

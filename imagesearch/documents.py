@@ -12,8 +12,8 @@ BATCH_SIZE = 1000  # documents that are looked up, listed or deleted together
 SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
 Embedding = NDArray[np.float32]  # shape (768,)
 
-# Version of everything between a file and the model's input (images.py, clip.py, embed.py). Increment it
-# if a change there changes an embedding: existing indexes are then refused, not mixed.
+# Version of everything between a file and its embedding: images.py, decoding_memory.py, models.py, clip.py, embed.py.
+# Increment it if a change there changes an embedding: existing indexes are then refused, not mixed.
 PREPROCESSING = 3
 
 

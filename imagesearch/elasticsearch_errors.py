@@ -116,9 +116,7 @@ def parse_response(response: requests.Response, host: str, connection: Connectio
             f"answered HTTP {response.status_code} with {response.headers.get('Content-Type', 'no content type')}"
         )
         if is_retryable(response.status_code, None):  # of a proxy that does not reach it
-            raise RetryableError(
-                f"no answer from Elasticsearch ({host} {behavior})", "Check ES_URL and that the server is running."
-            )
+            raise RetryableError(f"no answer from Elasticsearch ({host} {behavior})", CONNECTION_HINT)
         raise _not_elasticsearch(host, behavior)
     if is_retryable(response.status_code, body.get("error")):
         raise RetryableError(error_reason(body))

@@ -1,6 +1,6 @@
 """The index on Elasticsearch, written with its Python client.
 
-Not with the client's ``helpers.streaming_bulk``: it has no limit to the time it retries, cannot be
+Not with the client's ``helpers.streaming_bulk``: it limits how often it retries, not for how long, cannot be
 interrupted, and has no way to tell the user.
 """
 
@@ -33,7 +33,7 @@ from imagesearch.errors import ImageSearchError, LostIndexError, UsageError
 from imagesearch.parallel import batch_until_error, map_buffered
 from imagesearch.retry import Retry, RetryableError
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 Pending = dict[str, list[Any]]  # by _id, the lines of the bulk actions that are not done yet, as JSON
 
@@ -41,7 +41,7 @@ BULK_SIZE = 128  # documents in one bulk request: about 1 MB
 DEAD_NODE_SECONDS = 60  # for which a node that has failed gets no requests, if there are others
 BULK_REQUESTS = 4  # under way at once, so that a distant server is not waited for
 
-# Pinned, so that Elasticsearch 8.19 and 9.x build the same index. Shards, replicas and everything
+# Pinned, so that all versions of Elasticsearch build the same index. Shards, replicas and everything
 # else are left to the cluster's index templates.
 PROPERTIES = {
     "embeddings": {
@@ -85,13 +85,13 @@ class ElasticsearchIndex(ElasticsearchSearch):
         )
 
     def __exit__(self, *exception: object) -> None:
-        _, error, _ = exception
+        _, error, _ = exception  # its type, itself, its traceback
         try:
             if isinstance(error, ImageSearchError) and self._uuid and not self._retry.is_outage:
                 self._ensure_same_index()  # which may be why it failed
         except LostIndexError:
             raise
-        except ImageSearchError:  # the first error is said
+        except ImageSearchError:  # the error that ended the run is reported, not this one
             pass
         finally:
             super().__exit__()
@@ -233,10 +233,10 @@ class ElasticsearchIndex(ElasticsearchSearch):
                 ) from None
         raise deleted_index_error(self._name)
 
-    def _with_client(self, function: Callable[[], Result]) -> Result:
+    def _with_client(self, function: Callable[[], T]) -> T:
         """Returns ``function()``, which uses the client; retried while Elasticsearch is unreachable or overloaded."""
 
-        def attempt() -> Result:
+        def attempt() -> T:
             try:
                 return function()
             except (ApiError, TransportError) as error:

@@ -49,7 +49,7 @@ def embed_images(
         with source.open_images([candidate.image for candidate in chunk]) as opened:
             pairs = list(zip(chunk, opened, strict=True))
             known = embedder.find_known(image for candidate, image in pairs if not _is_unchanged(candidate, image))
-            with embedder.cpu:
+            with embedder.cpu_slots:
                 return [_document(candidate, image, embedder, known) for candidate, image in pairs]
 
     size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // workers))
@@ -88,12 +88,12 @@ def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> boo
 class Embedder:
     """Makes embeddings, and remembers the last ones. Safe to use from several threads.
 
-    `get_model` is called when the first image has to be embedded. `cpu` is to be held while decoding and embedding: as
-    many threads can hold it as there are CPUs.
+    `get_model` is called when the first image has to be embedded. A slot of `cpu_slots` is to be held while decoding
+    and embedding: as many threads can do that as there are CPUs.
     """
 
     def __init__(self, get_model: Callable[[], Model], index: Index, cpus: int) -> None:
-        self.cpu = threading.Semaphore(cpus)
+        self.cpu_slots = threading.Semaphore(cpus)
         self._get_model = get_model
         self._model: Future[Model] | None = None
         self._index = index
@@ -114,7 +114,10 @@ class Embedder:
             return known.get(image.sha256, self._recent.get(image.sha256))
 
     def compute(self, image: OpenedImage) -> Embedding | Unreadable:
-        """Returns the image's embedding, made now. Raises ImageSearchError if the model cannot be loaded."""
+        """Returns the image's embedding, made now, or why it cannot be made.
+
+        Raises ImageSearchError if the model cannot be loaded.
+        """
         try:
             embedding = _embed(image, self._load_model())
         except ImageSearchError:

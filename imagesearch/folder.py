@@ -16,14 +16,14 @@ from imagesearch.images import image_extensions
 from imagesearch.paths import file_path_to_local, is_ambiguous, normalize_folder, path_to_text, quote_path
 from imagesearch.report import SILENT, Report
 
-MAX_SMALL_BYTES = 1 << 18  # of a file that is read into memory at once: fewer calls that other threads wait for
+MAX_SMALL_BYTES = 1 << 18  # of a file that is read at once: each call may have to wait for the GIL
 MAX_MTIME = 2**63 - 1  # what an index can store, in nanoseconds
 
 
 class FolderSource:
     """A `Source` of local files. Symbolic links in it are followed; each folder is searched once."""
 
-    readers_per_cpu = 0.5  # more threads would only take turns
+    readers_per_cpu = 0.5  # more threads would only wait for the GIL
 
     def __init__(self, path: str, folder: str) -> None:
         self._root = os.path.realpath(path)

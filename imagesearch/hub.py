@@ -16,7 +16,7 @@ def clip_path() -> Path:
     Raises ImageSearchError if the hub does not answer within HF_HUB_ETAG_TIMEOUT, 10 seconds, or the file is damaged.
     """
     path = _cached_path() or _download()
-    # The cache keeps a large file under its SHA-256, with a link to it; our hash of it is remembered.
+    # The cache keeps a large file under its SHA-256, with a link to it. The hash that is remembered is looked at first.
     expected = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     if len(expected) == 64 and model_sha256(path) != expected and file_sha256(path) != expected:
         path.resolve().unlink()

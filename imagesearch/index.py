@@ -48,7 +48,7 @@ class Index(Protocol):
         """Returns the embeddings of documents with these contents, by their SHA-256 in hex."""
 
     def list_classes(self) -> list[str]:
-        """Returns the classes (`desc`) that documents have."""
+        """Returns the classes (`desc`) that documents have, at most 10,000."""
 
     def search(
         self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None

@@ -85,20 +85,20 @@ def load_index_model(info: ModelInfo, name: str | None, image_count: int | None 
     return model
 
 
-def check_version(index: ModelInfo) -> None:
-    """Raises UsageError unless this version of the scripts preprocesses images as the index's."""
-    if index.preprocessing != PREPROCESSING:
+def check_version(recorded: ModelInfo) -> None:
+    """Raises UsageError unless this version of the scripts preprocesses images as the one that made an index."""
+    if recorded.preprocessing != PREPROCESSING:
         raise UsageError(
             "The index was made by another version of create.py, whose embeddings differ: use another --index,"
             " or delete it and run create.py again."
         )
 
 
-def check_compatible(index: ModelInfo, model: ModelInfo) -> None:
-    """Raises UsageError unless the embeddings of an index and those of a model can be compared."""
-    check_version(index)
-    if not index.is_compatible(model):
+def check_compatible(recorded: ModelInfo, model: ModelInfo) -> None:
+    """Raises UsageError unless embeddings of the model recorded in an index and of `model` can be compared."""
+    check_version(recorded)
+    if not recorded.is_compatible(model):
         raise UsageError(
-            f"The index was made with --model {quote_path(index.name)}, and {quote_path(model.name)} is another"
+            f"The index was made with --model {quote_path(recorded.name)}, and {quote_path(model.name)} is another"
             " model: use the same model, or another index with --index."
         )

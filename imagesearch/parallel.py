@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def map_buffered(
-    executor: Executor, function: Callable[[Item], Result], items: Iterable[Item], buffersize: int
-) -> Iterator[Result]:
+    executor: Executor, function: Callable[[Item], T], items: Iterable[Item], buffersize: int
+) -> Iterator[T]:
     """Yields ``function(item)`` for each item, in order; at most `buffersize` calls are ahead of the consumer.
 
     ``Executor.map`` has a `buffersize` of its own from Python 3.14 on.
     """
-    pending: deque[Future[Result]] = deque()
+    pending: deque[Future[T]] = deque()
     error: Exception | None = None
     iterator = iter(items)
     try:
@@ -59,7 +59,8 @@ def split(
 ) -> Iterator[list[Item]]:
     """Yields lists of at most `size` items, for `workers` to share.
 
-    The last lists are smaller, so that all workers end at about the same time. A list of several items weighs at
+    The last lists are smaller, so that all workers end at about the same time; to know when they begin, up to
+    2 * workers * size items are read ahead. A list of several items weighs at
     most `max_weight`. What `items` raises is raised after the items before it.
     """
     iterator = iter(items)
@@ -87,9 +88,9 @@ def split(
         raise error
 
 
-def start_thread(function: Callable[[], Result]) -> "Future[Result]":
+def start_thread(function: Callable[[], T]) -> "Future[T]":
     """Returns the future of ``function()``, which runs on a thread of its own; the process may end before it."""
-    future: Future[Result] = Future()
+    future: Future[T] = Future()
 
     def work() -> None:
         try:

@@ -38,10 +38,10 @@ def check_folder(metadata: IndexMetadata, location: str) -> None:
 
 
 def check_moved(index: WritableIndex, metadata: IndexMetadata, source: Source) -> None:
-    """Raises UsageError if the index belongs to a folder that is not here, and the images below `source` are others.
+    """Raises UsageError if the images are those of another machine than the index's.
 
-    If the folder was moved, its images' contents are in the index. Images of another machine would replace those
-    of the same relative path.
+    The folder that the index has recorded may be missing because it was moved: then its images are in the index. Or
+    this is another machine: then other images would replace those with the same relative paths.
     """
     is_here = index_folder(metadata.folder) == path_from_text(metadata.folder)
     is_relative = source.name == "." or source.name.startswith("./")
@@ -79,7 +79,7 @@ def _count_all_gone(index: WritableIndex, source: Source, interrupt: Interrupt, 
     paths, looked_for = itertools.tee(
         interrupt.until_interrupted(itertools.islice(index.list_paths(source.name), limit))
     )
-    gone = source.find_gone(looked_for)
+    gone = source.find_gone(looked_for)  # in the same order
     number = 0
     for path in paths:
         if path != next(gone, None):

@@ -12,7 +12,7 @@ from imagesearch.files import max_open_files
 from imagesearch.index import Index
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, map_buffered, split
-from imagesearch.sources import OpenQuery, is_file
+from imagesearch.sources import OpenQuery, is_path
 
 QUERY_READERS = 16  # threads that open queries; most of a download is waiting
 
@@ -38,14 +38,14 @@ def embed_queries(
         with contextlib.ExitStack() as stack:
             opened = [_open(query, open_query, stack) for query in chunk]
             known = embedder.find_known(opened)
-            with embedder.cpu:
+            with embedder.cpu_slots:
                 return [
                     Query(query, _embed(image, embedder, known)) for query, image in zip(chunk, opened, strict=True)
                 ]
 
     # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
     size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // QUERY_READERS))
-    chunks = split(queries, size, QUERY_READERS, lambda query: 0 if is_file(query) else 1)
+    chunks = split(queries, size, QUERY_READERS, lambda query: 0 if is_path(query) else 1)
     with ThreadPoolExecutor(QUERY_READERS) as pool:
         for embedded in map_buffered(pool, embed_chunk, chunks, QUERY_READERS + 1):
             yield from embedded

@@ -151,7 +151,7 @@ class Page:
         if not any("hits" in response for _, response in self._results):
             return False
         before = signal.getsignal(signal.SIGINT)
-        if before is not signal.SIG_IGN:  # of a job in the background
+        if before is not signal.SIG_IGN:  # it is ignored in a background job
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C removes the temporary file
         try:
             with atomic_write(Path(os.path.realpath(self._path))) as temporary:  # a symbolic link stays one

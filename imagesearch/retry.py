@@ -12,7 +12,7 @@ from imagesearch.errors import ImageSearchError
 from imagesearch.interrupt import POLL_SECONDS, Interrupt
 from imagesearch.parallel import start_thread
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 8.0
 INTERRUPTED_SECONDS = 2  # for which an answer is still waited for after an interruption
@@ -59,7 +59,7 @@ class Retry:
         """True if the last call of a service failed."""
         return bool(self._outages)
 
-    def call(self, service: str, function: Callable[[], Result]) -> Result:
+    def call(self, service: str, function: Callable[[], T]) -> T:
         """Returns ``function()``, repeated while it raises RetryableError.
 
         Raises ImageSearchError if that lasts longer than the timeout, or the run was interrupted.
@@ -92,14 +92,14 @@ class Retry:
                 )
             if not self._interrupt.signal:
                 when = f" in {delay:.0f} s" if delay >= 1 else ""
-                self._say_once(f"Retrying{when}: {reason}.", delay / 2)
+                self._say_rarely(f"Retrying{when}: {reason}.", delay / 2)
             if not self._interrupt.sleep(delay):
                 raise ImageSearchError(
                     f"Interrupted while retrying: {reason}. Run the command again to continue from here."
                 )
             delay = min(2 * delay, MAX_BACKOFF_SECONDS)
 
-    def call_once(self, service: str, function: Callable[[], Result]) -> Result:
+    def call_without_retry(self, service: str, function: Callable[[], T]) -> T:
         """Returns ``function()``, not repeated. Raises ImageSearchError in place of RetryableError."""
         try:
             with self._say_if_slow(service):
@@ -107,7 +107,7 @@ class Retry:
         except RetryableError as error:
             raise _unrecovered(error) from None
 
-    def run_interruptibly(self, service: str, function: Callable[[], Result]) -> Result:
+    def run_interruptibly(self, service: str, function: Callable[[], T]) -> T:
         """Returns ``function()``; raises ImageSearchError soon after the run is interrupted.
 
         It runs on another thread: while it waits inside a library that is not Python, no signal handler could run on
@@ -126,7 +126,7 @@ class Retry:
     def _say_if_slow(self, service: str) -> Iterator[None]:
         """Tells the user if the block takes long: a server that answers nothing looks like a program that hangs."""
         text = f"Waiting for an answer of {service}, which takes more than {SLOW_SECONDS} seconds."
-        timer = threading.Timer(SLOW_SECONDS, self._say_once, [text, SLOW_INTERVAL_SECONDS])
+        timer = threading.Timer(SLOW_SECONDS, self._say_rarely, [text, SLOW_INTERVAL_SECONDS])
         timer.daemon = True
         timer.start()
         try:
@@ -134,7 +134,7 @@ class Retry:
         finally:
             timer.cancel()
 
-    def _say_once(self, text: str, seconds: float) -> None:
+    def _say_rarely(self, text: str, seconds: float) -> None:
         """Prints a line, unless another thread has printed the same less than `seconds` ago."""
         with self._lock:
             if time.monotonic() < self._said.get(text, 0):

@@ -93,7 +93,7 @@ def open_location(location: str) -> AbstractContextManager[OpenedImage]:
 OpenQuery = Callable[[str], AbstractContextManager[OpenedImage]]
 
 
-def is_file(query: str) -> bool:
+def is_path(query: str) -> bool:
     """Returns True if a query is a path, not a URL or standard input."""
     return query != "-" and not HTTP_URL.match(query) and not BUCKET_URL.match(query)
 

@@ -2,7 +2,7 @@
 
 import signal
 
-if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # of a job in the background
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # it is ignored in a background job
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback, from here on
 
 import importlib.util
@@ -51,7 +51,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no thread of numpy's is needed; they take 0.1 s to start
 _open_standard_streams()
-sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # of JSON, anywhere
+sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # JSON is UTF-8
 if importlib.util.find_spec("imgbeddings") is None:
     say("The dependencies are not installed: run pip install -r requirements.txt, or source .venv/bin/activate.")
     sys.exit(UsageError.exit_code)

@@ -15,7 +15,7 @@ from imagesearch.errors import describe_error, root_cause
 from imagesearch.parallel import start_thread
 from imagesearch.paths import query_name
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 DOWNLOAD_TIMEOUT_SECONDS = 30  # for all of it
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 5, 10
@@ -45,7 +45,7 @@ def open_url(url: str) -> Iterator[OpenedImage]:
                 yield opened_from_memory(query_name(url), content)
 
 
-def _until(deadline: float, function: Callable[[], Result]) -> Result:
+def _until(deadline: float, function: Callable[[], T]) -> T:
     """Returns ``function()``, with a limit to all of its time: those of sockets begin again with each byte."""
     future = start_thread(function)
     if not wait([future], timeout=deadline - time.monotonic()).done:
