@@ -182,7 +182,7 @@ def test_keys_that_differ_in_outer_slashes_are_reported(local: Scripts) -> None:
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             "{}",
-            r"no answer from s3://\S+ \(error sending request\)\. Check AWS_ACCESS_KEY_ID",
+            r"No answer from s3://\S+ \(error sending request\)\. Check AWS_ACCESS_KEY_ID",
         ),
         (
             {"AWS_ALLOW_HTTP": "false"},
