@@ -138,7 +138,7 @@ def say_what_is_left(
         with suppress(ImageSearchError):  # the run itself is complete
             gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
             if gone > 0:
-                console.say(f"{gone:,} documents have no image any more; --prune deletes those whose files are gone.")
+                console.say(f"Documents without an image: {gone:,}; --prune deletes those whose files are gone.")
 
 
 if __name__ == "__main__":

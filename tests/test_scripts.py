@@ -558,7 +558,7 @@ def test_files_that_are_gone_are_mentioned(scripts: Scripts, birds: list[Path]) 
     scripts.create()
     for path in birds[:3]:
         path.unlink()
-    gone = "3 documents have no image any more; --prune deletes those whose files are gone."
+    gone = "Documents without an image: 3; --prune deletes those whose files are gone."
     assert gone in scripts.create()
     assert gone not in scripts.create("--part", "1/2")
     assert gone not in scripts.create("--prune") and "gone" not in scripts.create()
