@@ -57,7 +57,15 @@ def check_source(
     arguments: argparse.Namespace,
 ) -> None:
     """Raises UsageError if there are no images, or they are not those of the index."""
-    source.check()
+    try:
+        source.check()
+    except UsageError as error:
+        if not (arguments.prune and metadata and index.count_below(source.name)):
+            raise
+        raise UsageError(
+            f"{error} To delete the documents of a folder that is gone for good, make an empty one in its place and use"
+            " --prune-all."
+        ) from None
     if metadata:
         check_moved(index, metadata, source)
     if arguments.prune and metadata:
@@ -134,11 +142,12 @@ def say_what_is_left(
     if interrupt.signal:
         left = f" with the {progress.left:,} images that are left" if progress.left else ""
         console.say(f"Run the command again to continue{left}.")
-    elif arguments.part.count == 1 and not arguments.prune and not progress.unreadable:
+    elif arguments.part.count == 1 and not arguments.prune:
         with suppress(ImageSearchError):  # the run itself is complete
-            gone = index.count_below(source.name) - progress.new - progress.updated - progress.unchanged
+            gone = index.count_below(source.name) - progress.done
             if gone > 0:
-                console.say(f"Documents without an image: {gone:,}; --prune deletes those whose files are gone.")
+                at_least = "at least " if progress.unreadable else ""
+                console.say(f"Documents without an image: {at_least}{gone:,}; --prune deletes those of deleted files.")
 
 
 if __name__ == "__main__":

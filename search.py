@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from imagesearch.results_page import Page
 
 
+CLASSES_SHOWN = 10
+
+
 @dataclass(frozen=True)
 class Result:
     """Elasticsearch's response to a query, or an error in the same form."""
@@ -127,9 +130,11 @@ def explain_no_hits(index: Index, arguments: argparse.Namespace) -> None:
     spellings = {comparable(name): name for name in classes}
     similar = [wanted] if wanted in spellings else difflib.get_close_matches(wanted, spellings, cutoff=0.5)
     hint = f"; did you mean {' or '.join(quote_path(spellings[name]) for name in similar)}?" if similar else "."
+    names = f" ({', '.join(map(quote_path, sorted(classes)))})" if len(classes) <= CLASSES_SHOWN and not similar else ""
     raise ImageSearchError(
         f"The index {arguments.index} has no image of class {quote_path(arguments.desc)} among its {len(classes):,}"
-        f" {'class' if len(classes) == 1 else 'classes'}{hint} An image's class is the innermost folder it is in."
+        f" {'class' if len(classes) == 1 else 'classes'}{names}{hint} An image's class is the innermost folder that it"
+        " is in."
     )
 
 

@@ -182,6 +182,7 @@ class Parser(argparse.ArgumentParser):
         return [f"./{line}" if line.startswith(("-", "@")) and line != "-" else line] if line else []
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^\[Errno \d+\] ", "", message)  # of an @FILE that cannot be read
         self.exit(UsageError.exit_code, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 

@@ -151,7 +151,7 @@ def _mtime(status: os.stat_result) -> int:
 def open_file(path: str, name: str) -> Iterator[OpenedImage]:
     """Yields a regular file, called `name` in messages; opening a pipe could wait forever. Raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is a folder" if os.path.isdir(path) else "not a regular file")
+        raise OSError("is a folder; give the images in it" if os.path.isdir(path) else "not a regular file")
     with open(path, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if status.st_size <= MAX_SMALL_BYTES:

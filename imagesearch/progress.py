@@ -49,7 +49,7 @@ class Progress:
     @property
     def left(self) -> int | None:
         """How many images have not been dealt with, None if that is not known."""
-        return None if self._total is None else max(0, self._total - self._done)
+        return None if self._total is None else max(0, self._total - self.done)
 
     def start(self, index: str, model: ModelInfo, images: Iterable[object]) -> None:
         """Shows a bar if stderr is a terminal. `images` are counted on a thread, while the work goes on.
@@ -110,7 +110,8 @@ class Progress:
         self._update()
 
     @property
-    def _done(self) -> int:
+    def done(self) -> int:
+        """How many images have been dealt with."""
         return self.new + self.updated + self.unchanged + self.unreadable
 
     def _update(self) -> None:
@@ -120,22 +121,22 @@ class Progress:
             has_bar = self._total is not None and columns >= WIDE_COLUMNS
             self._bar.bar_format = "{percentage:3.0f}%|{bar}| {desc}" if has_bar else "{desc}"
             self._bar.set_description_str(self._status(), refresh=False)
-            self._bar.update(self._done - self._bar.n)
+            self._bar.update(self.done - self._bar.n)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_INTERVAL_SECONDS
             self.say(self._status())
 
     def _status(self) -> str:
         """Returns the count, and the rate and time left of what is embedded; short enough for 39 columns."""
-        status = f"{self._done:,}" + (f"/{self._total:,}" if self._total is not None else " images")
+        status = f"{self.done:,}" + (f"/{self._total:,}" if self._total is not None else " images")
         seconds = 0.0 if self._embedding_started is None else time.monotonic() - self._embedding_started
         embedded = self.new + self.updated - self.copied
         if seconds >= ESTIMATE_AFTER_SECONDS and embedded:
             rate = embedded / seconds
             status += f", {rate:.0f}/s"
-            if self._total is not None and self._total > self._done:
+            if self._total is not None and self._total > self.done:
                 # Images that are not looked at yet may turn out to be unchanged: this is an upper bound.
-                status += f", {_duration((self._total - self._done) / rate)} left"
+                status += f", {_duration((self._total - self.done) / rate)} left"
         return status + (f", {self.unreadable} unreadable" if self.unreadable else "")
 
     def summary(self) -> str:

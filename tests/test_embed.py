@@ -159,7 +159,7 @@ def test_what_is_no_image_is_reported(tmp_path: Path) -> None:
         bad.write_bytes(content)
         unreadable(bad)
     assert unreadable(tmp_path / "missing.jpg") == "No such file or directory"
-    assert unreadable(tmp_path) == "is a folder"
+    assert unreadable(tmp_path) == "is a folder; give the images in it"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])

@@ -43,6 +43,8 @@ def test_a_mistyped_class_names_the_nearest(scripts: Scripts, picture: Picture) 
     assert done.returncode == 1
     nearest = "has no image of class bald_eagel among its 3 classes; did you mean Bald_Eagle"
     assert f"The index {scripts.index} {nearest}" in done.stderr
+    done = scripts.run("search.py", "images/Osprey/2.png", "--desc", "zzz")
+    assert "among its 3 classes (Bald_Eagle, Golden_Eagle, Osprey). An image's class" in done.stderr
 
 
 def test_parts_of_a_local_file_are_warned_about(local: Scripts, picture: Picture) -> None:

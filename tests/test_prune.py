@@ -31,6 +31,16 @@ def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, picture: 
     assert "No such file or directory" in scripts.create("--prune-all", code=2)  # an unmounted disk
 
 
+def test_the_documents_of_a_folder_that_is_gone_can_be_deleted(scripts: Scripts, picture: Picture) -> None:
+    images(picture)
+    scripts.create()
+    (scripts.folder / "images").rename(scripts.folder / "photos")
+    assert counts(scripts.create("--images", "photos")) == {"new": 6, "known": 6}
+    assert "make an empty one in its place and use --prune-all" in scripts.create("--prune", code=2)
+    (scripts.folder / "images").mkdir()
+    assert counts(scripts.create("--prune-all")) == {"deleted": 6}
+
+
 def test_another_folder_of_the_same_name_prunes_nothing(scripts: Scripts, picture: Picture) -> None:
     """Two checkouts use one index; the second has images of its own."""
     images(picture)

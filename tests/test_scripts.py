@@ -558,10 +558,14 @@ def test_files_that_are_gone_are_mentioned(scripts: Scripts, birds: list[Path]) 
     scripts.create()
     for path in birds[:3]:
         path.unlink()
-    gone = "Documents without an image: 3; --prune deletes those whose files are gone."
+    gone = "Documents without an image: 3; --prune deletes those of deleted files."
     assert gone in scripts.create()
     assert gone not in scripts.create("--part", "1/2")
-    assert gone not in scripts.create("--prune") and "gone" not in scripts.create()
+    damaged = scripts.folder / "images" / "damaged.png"
+    damaged.write_bytes(b"x")
+    assert "Documents without an image: at least 2; --prune" in scripts.create(code=1)
+    damaged.unlink()
+    assert gone not in scripts.create("--prune") and "Documents without" not in scripts.create()
 
 
 @pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
