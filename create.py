@@ -13,14 +13,14 @@ from imagesearch.arguments import parse_create_arguments
 from imagesearch.connection import connect
 from imagesearch.documents import BATCH_SIZE, Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
-from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.errors import ImageSearchError
 from imagesearch.index import WritableIndex, open_writable_index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
 from imagesearch.parallel import batch_until_error
-from imagesearch.paths import index_folder, path_to_text, quote_path
+from imagesearch.paths import index_folder, path_to_text
 from imagesearch.progress import Progress
-from imagesearch.prune import check_folder, check_moved, check_prune, prune
+from imagesearch.prune import check_prune, check_source, prune
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import Retry
 from imagesearch.sources import Part, Source, open_source
@@ -33,7 +33,7 @@ def main() -> int:
     with open_writable_index(arguments.index, connect(arguments.insecure), arguments.db, retry) as index:
         metadata = index.get_metadata()
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
-        check_source(source, index, metadata, interrupt, arguments)
+        check_source(arguments, source, index, metadata, interrupt)
         metadata, model = prepare_index(index, metadata, arguments)
         with interrupt, progress:
             index.refresh()  # what an interrupted run has written is not embedded again
@@ -47,35 +47,6 @@ def main() -> int:
                 delete_gone(source, index, interrupt, progress, arguments)
         say_what_is_left(index, source, interrupt, progress, arguments)
     return 128 + interrupt.signal if interrupt.signal else int(progress.unreadable > 0)
-
-
-def check_source(
-    source: Source,
-    index: WritableIndex,
-    metadata: IndexMetadata | None,
-    interrupt: Interrupt,
-    arguments: argparse.Namespace,
-) -> None:
-    """Raises UsageError if there are no images, or they are not those of the index."""
-    try:
-        source.check()
-    except UsageError as error:
-        if not (arguments.prune and metadata and index.count_below(source.name)):
-            raise
-        raise UsageError(
-            f"{error} To delete the documents of a folder that is gone for good, make an empty one in its place and use"
-            " --prune-all."
-        ) from None
-    if metadata:
-        check_moved(index, metadata, source)
-    if arguments.prune and metadata:
-        check_folder(metadata, arguments.images)
-        if not arguments.prune_all:
-            check_prune(index, source, interrupt)
-    if next(source.find_images(), None) is None and not (arguments.prune_all and metadata):
-        raise UsageError(
-            f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their folder."
-        )
 
 
 def prepare_index(

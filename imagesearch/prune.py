@@ -1,5 +1,6 @@
 """Deleting the documents whose files are gone, and whether the images are those that were indexed."""
 
+import argparse
 import itertools
 import os
 from collections.abc import Iterator
@@ -25,6 +26,36 @@ def prune(index: WritableIndex, source: Source, part: Part, interrupt: Interrupt
     paths = (path for path in listed if part.contains(document_id(path)))
     for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
         yield index.delete([document_id(path) for path in gone])
+
+
+def check_source(
+    arguments: argparse.Namespace,
+    source: Source,
+    index: WritableIndex,
+    metadata: IndexMetadata | None,
+    interrupt: Interrupt,
+) -> None:
+    """Raises UsageError if there are no images, or they are not those of the index."""
+    try:
+        source.check()
+    except UsageError as error:
+        is_bucket = BUCKET_URL.match(arguments.images)
+        if is_bucket or not (arguments.prune and metadata and index.count_below(source.name)):
+            raise
+        raise UsageError(
+            f"{error} To delete the documents of a folder that is gone for good, make an empty one in its place and use"
+            " --prune-all."
+        ) from None
+    if metadata:
+        check_moved(index, metadata, source)
+    if arguments.prune and metadata:
+        check_folder(metadata, arguments.images)
+        if not arguments.prune_all:
+            check_prune(index, source, interrupt)
+    if next(source.find_images(), None) is None and not (arguments.prune_all and metadata):
+        raise UsageError(
+            f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their folder."
+        )
 
 
 def check_folder(metadata: IndexMetadata, location: str) -> None:
