@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 
 from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
-from imagesearch.connection import connect
+from imagesearch.connection import connect, uses_elasticsearch
 from imagesearch.documents import BATCH_SIZE, Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError
@@ -69,7 +69,7 @@ def prepare_index(
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
     console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
-    if arguments.part.count > 1 and not os.environ.get("ES_URL", "").strip():
+    if arguments.part.count > 1 and not uses_elasticsearch(os.environ):
         console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     return metadata, model
 

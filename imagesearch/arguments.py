@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from imagesearch.connection import uses_elasticsearch
 from imagesearch.errors import UsageError
 from imagesearch.paths import local_path, path_to_text, quote_path
 from imagesearch.sources import Part
@@ -173,7 +174,7 @@ class Parser(argparse.ArgumentParser):
 
     def check_index_options(self, arguments: argparse.Namespace) -> None:
         """Ends the process if --db contradicts ES_URL; sets the default of --db."""
-        if arguments.db and os.environ.get("ES_URL", "").strip():
+        if arguments.db and uses_elasticsearch(os.environ):
             self.error("ES_URL is set, and --db names a local index file: unset ES_URL, or leave out --db")
         arguments.db = arguments.db or Path(DEFAULT_DATABASE)
 

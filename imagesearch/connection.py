@@ -37,7 +37,7 @@ class Connection:
         ES_URL may name several nodes of one cluster, separated by commas. Raises UsageError, which
         shows no secret, for values that cannot work.
         """
-        if not environ.get("ES_URL", "").strip():
+        if not uses_elasticsearch(environ):
             return None
         urls = [parse_url(text) for text in environ["ES_URL"].split(",")]
         if len({url.scheme for url in urls}) > 1:
@@ -107,6 +107,11 @@ class Connection:
     def __str__(self) -> str:
         """The hosts, as messages name them."""
         return ", ".join(self.hosts)
+
+
+def uses_elasticsearch(environ: Mapping[str, str]) -> bool:
+    """Returns True if ES_URL is set and not empty."""
+    return bool(environ.get("ES_URL", "").strip())
 
 
 def connect(insecure: bool) -> Connection | None:

@@ -146,15 +146,18 @@ def test_a_renamed_folder_is_copied_and_pruned(scripts: Scripts, picture: Pictur
     assert len(scripts.paths()) == 6
 
 
-def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, picture: Picture) -> None:
-    home = scripts.folder
-    images(picture)
-    scripts.folder = home / "project"
+def move_into_project(scripts: Scripts) -> None:
+    """Moves the images into the folder `project`, where the scripts run from now on."""
+    home, scripts.folder = scripts.folder, scripts.folder / "project"
     scripts.folder.mkdir()
     (home / "images").rename(scripts.folder / "images")
+
+
+def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, picture: Picture) -> None:
+    images(picture)
+    move_into_project(scripts)
     scripts.create()
-    (home / "project").rename(home / "moved")
-    scripts.folder = home / "moved"
+    scripts.folder = scripts.folder.rename(scripts.folder.parent / "moved")
     (scripts.folder / "images" / "0" / "0.png").unlink()
     assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
     scripts.search("images/1/1.png", "-k", 5, "--html", "page.html")
@@ -165,15 +168,13 @@ def test_an_index_of_another_machine_is_not_overwritten(scripts: Scripts, pictur
     """Another machine has no such folder, but has images of its own at the same relative paths."""
     home = scripts.folder
     images(picture)
-    scripts.folder = home / "one"
-    scripts.folder.mkdir()
-    (home / "images").rename(scripts.folder / "images")
+    move_into_project(scripts)
     scripts.create("--db", home / "shared.db")
-    scripts.folder = (home / "one").rename(home / "other")
+    scripts.folder = scripts.folder.rename(home / "other")
     shutil.rmtree(scripts.folder / "images")
     picture("other/images/0/0.png", seed=100)
     stderr = scripts.create("--db", home / "shared.db", code=2)
-    assert f"relative to {home}/one, which is not here, and the images in ./images look new" in stderr
+    assert f"relative to {home}/project, which is not here, and the images in ./images look new" in stderr
 
 
 def test_a_name_in_another_letter_case_is_another_name(tmp_path: Path) -> None:
