@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -40,6 +40,11 @@ BUILD.mkdir(exist_ok=True)
 GROUP = "org.elasticsearch.distribution.integ-test-zip"
 USER, PASSWORD = "admin", "p@ss/w:rd 100%"  # which a URL must percent-encode
 START_SECONDS = 120
+# As it was at first: servers start on another thread while tests change it, and a child that inherits it then may find
+# none ("Bad address").
+ENVIRONMENT = dict(os.environ)
+# Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
+SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]
 
 # Ends the server with the tests, whatever ends them: their end of the pipe is then closed.
 WATCHDOG = '"$@" </dev/null & read _; kill -9 0'
@@ -79,7 +84,7 @@ def artifact(coordinates: str, path: Path) -> Path:
         raise UnavailableError("no Maven to fetch the tests' servers with: install it (Debian: apt-get install maven)")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [maven, "-q", "-B", "dependency:copy", f"-Dartifact={coordinates}", f"-DoutputDirectory={folder}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UnavailableError(f"Maven could not fetch {coordinates}: {done.stdout[-500:]}")
         (fetched,) = Path(folder).iterdir()
@@ -110,18 +115,20 @@ class Cluster:
         self,
         release: str = "8.19.9",
         size: int = 1,
-        memory: str = "512m",
+        java_options: Sequence[str] = ("-Xms512m", "-Xmx512m", *SHORT_LIVED),
         roles: dict[str, list[str]] | None = None,
         **settings: object,
     ) -> None:
-        """`settings` are more of Elasticsearch's own, with `__` for each dot of their names.
+        """Makes the nodes' folders; entering the context starts them.
+
+        `settings` are more of Elasticsearch's own, with `__` for each dot of their names.
 
         `roles` maps roles of the file realm to their privileges on all indices; each has a user of its name.
         """
         self.roles = roles or {}
         self.java = java_home(21 if release.startswith("9") else 17)
         zipped = artifact(f"{GROUP}:elasticsearch:{release}:zip", BUILD / f"elasticsearch-{release}.zip")
-        self.memory = memory
+        self.java_options = java_options
         self.settings = {name.replace("__", "."): value for name, value in settings.items()}
         self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-test-"))
         self.nodes = [Node(self.folder / f"node-{number}") for number in range(size)]
@@ -158,7 +165,7 @@ class Cluster:
 
     def run(self, program: str, *arguments: str) -> None:
         command = [str(self.home / "bin" / program), *arguments]
-        subprocess.run(command, env=os.environ | {"ES_JAVA_HOME": str(self.java)}, check=True, capture_output=True)
+        subprocess.run(command, env=ENVIRONMENT | {"ES_JAVA_HOME": str(self.java)}, check=True, capture_output=True)
 
     @property
     def ca(self) -> Path:
@@ -219,10 +226,10 @@ class Cluster:
         command = [str(self.home / "bin" / "elasticsearch")]
         for name, value in settings.items():
             command += ["-E", f"{name}={value}"]
-        environment = os.environ | {
+        environment = ENVIRONMENT | {
             "ES_JAVA_HOME": str(self.java),
             "ES_PATH_CONF": str(node.folder / "config"),
-            "ES_JAVA_OPTS": f"-Xms{self.memory} -Xmx{self.memory}",
+            "ES_JAVA_OPTS": " ".join(self.java_options),
             "ES_TMPDIR": str(node.folder / "tmp"),
         }
         with (node.folder / "output").open("ab") as output:
@@ -323,7 +330,7 @@ class S3:
             "jclouds.credential": "any",
         }
         (self.folder / "properties").write_text("\n".join(f"{name}={value}" for name, value in properties.items()))
-        command = [str(self.java / "bin" / "java"), "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
+        command = [str(self.java / "bin" / "java"), *SHORT_LIVED, "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
         command += ["-jar", str(self.jar), "--properties", str(self.folder / "properties")]
         with (self.folder / "output").open("ab") as output:
             self.process = subprocess.Popen(
@@ -331,7 +338,7 @@ class S3:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=os.environ | {"LC_ALL": "C.UTF-8"},
+                env=ENVIRONMENT | {"LC_ALL": "C.UTF-8"},
                 start_new_session=True,
             )
         deadline = time.monotonic() + START_SECONDS

@@ -667,7 +667,7 @@ def main() -> None:
         stale.unlink()
     model = clip.load_onnx(str(MODEL), MODEL, None)
     rows = []
-    with Cluster(memory="1g") as server:
+    with Cluster(java_options=["-Xms1g", "-Xmx1g"]) as server:
         group = server.nodes[0].process
         assert group
         elasticsearch = {"ES_URL": server.url, "ES_CA_CERT": str(server.ca)}

@@ -160,7 +160,8 @@ def recall(size: int) -> Iterator[str]:
     """Yields rows for one size: the load, the index's size, and each setting's recall, error and time."""
     queries = list(itertools.islice(clustered(max(size, QUERIES), 2), QUERIES))
     truth = exact(size, queries)
-    with Cluster(memory=f"{max(2, size // 125_000)}g") as cluster, open_index(cluster, "recall") as index:
+    memory = f"{max(2, size // 125_000)}g"
+    with Cluster(java_options=[f"-Xms{memory}", f"-Xmx{memory}"]) as cluster, open_index(cluster, "recall") as index:
         parts = [itertools.islice(documents(size, 1), sender, None, SENDERS) for sender in range(SENDERS)]
         rate = fill(cluster, index._name, [*parts], BULK_SIZE)
         index.get_metadata()
@@ -212,7 +213,7 @@ def main() -> None:
     if not sizes:
         add(["| nodes | documents in a bulk request | senders | documents/s |", "| --- | --- | --- | --- |"])
         for size in (1, 3):
-            with Cluster(size=size, memory="1g") as cluster:
+            with Cluster(size=size, java_options=["-Xms1g", "-Xmx1g"]) as cluster:
                 add(load(cluster))
     for size in sizes or (10_000, 20_000, 100_000):
         add(recall(size))
