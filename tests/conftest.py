@@ -47,16 +47,21 @@ def slow(fixture: Fixture) -> Fixture:
     return fixture
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that use a slow fixture as slow, for `make test-fast`, and puts them after the others."""
+    """Marks the tests that use a slow fixture as slow, for `make test-fast`, and puts them after the others.
+
+    Those with a server of their own come first of them, all with one server on one worker of pytest-xdist: they take
+    longest.
+    """
     for item in items:
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
         if any(getattr(definitions[-1].func, "is_slow", False) for definitions in fixtures):
             item.add_marker(pytest.mark.slow)
         for name in SERVERS:
-            if name not in SHARED and name in getattr(item, "fixturenames", ()):  # all such tests on one worker
+            if name not in SHARED and name in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: (bool(item.get_closest_marker("slow")), not item.get_closest_marker("xdist_group")))
 
 
 # Servers, which start in the background, one after the other, while the first tests run. With several workers
