@@ -45,6 +45,7 @@ START_SECONDS = 120
 ENVIRONMENT = dict(os.environ)
 # Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
 SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]
+ENVIRONMENT["CLI_JAVA_OPTS"] = " ".join(["-Xms64m", "-Xmx64m", *SHORT_LIVED])  # of Elasticsearch's own programs
 
 # Ends the server with the tests, whatever ends them: their end of the pipe is then closed.
 WATCHDOG = '"$@" </dev/null & read _; kill -9 0'
