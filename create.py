@@ -11,7 +11,6 @@ from contextlib import closing, suppress
 from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
 from imagesearch.connection import connect, uses_elasticsearch
-from imagesearch.documents import BATCH_SIZE, Candidate, ImageFile, IndexMetadata
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError
 from imagesearch.index import WritableIndex, open_writable_index
@@ -20,9 +19,10 @@ from imagesearch.models import Model, check_compatible, load_index_model, load_m
 from imagesearch.parallel import batch_until_error
 from imagesearch.paths import index_folder, path_to_text
 from imagesearch.progress import Progress
-from imagesearch.prune import check_prune, check_source, prune
+from imagesearch.records import BATCH_SIZE, Candidate, ImageFile, IndexMetadata, document_id
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import Retry
+from imagesearch.source_checks import check_prune, check_source
 from imagesearch.sources import Part, Source, open_source
 
 
@@ -97,12 +97,18 @@ def find_changed(
 def delete_gone(
     source: Source, index: WritableIndex, interrupt: Interrupt, progress: Progress, arguments: argparse.Namespace
 ) -> None:
-    """Deletes the documents whose files are gone; checks again, since a disk may have been unmounted by now."""
+    """Deletes the documents below the source whose files are gone.
+
+    It checks the source again, since a disk may have been unmounted by now. After an interruption it looks no further;
+    what was found by then is still deleted.
+    """
     source.check()
     if not arguments.prune_all:
         check_prune(index, source, interrupt)
-    for deleted in prune(index, source, arguments.part, interrupt):
-        progress.deleted += deleted
+    listed = interrupt.until_interrupted(index.list_paths(source.name))
+    paths = (path for path in listed if arguments.part.contains(document_id(path)))
+    for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
+        progress.deleted += index.delete([document_id(path) for path in gone])
     index.refresh()
 
 

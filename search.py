@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from imagesearch import console
 from imagesearch.arguments import parse_search_arguments
 from imagesearch.connection import connect
-from imagesearch.documents import IndexMetadata, ModelInfo, Unreadable
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
 from imagesearch.paths import query_name, quote_path
 from imagesearch.queries import Query, embed_queries
+from imagesearch.records import IndexMetadata, ModelInfo, Unreadable
 from imagesearch.sources import open_query
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
-from imagesearch.documents import BATCH_SIZE, ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError, describe_error
 from imagesearch.images import image_extensions
 from imagesearch.parallel import batch_until_error
 from imagesearch.paths import quote_path
+from imagesearch.records import BATCH_SIZE, ImageFile, OpenedImage, Unreadable
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import Retry, RetryableError
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagesearch.cache import model_sha256
-from imagesearch.documents import DIMENSIONS, ModelInfo
 from imagesearch.errors import UsageError
 from imagesearch.images import STRIP_PIXELS
 from imagesearch.parallel import available_cpus
 from imagesearch.paths import quote_path
 from imagesearch.prepared_model import prepared_model_path, session_options
+from imagesearch.records import DIMENSIONS, ModelInfo
 
 IMAGE_SIZE = 224
 

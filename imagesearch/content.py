@@ -3,8 +3,8 @@
 import hashlib
 import io
 
-from imagesearch.documents import OpenedImage
 from imagesearch.parallel import MemoryLimit
+from imagesearch.records import OpenedImage
 
 MAX_CONTENT_BYTES = 200_000_000  # of an image that is not a local file
 MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together

@@ -16,7 +16,6 @@ import orjson
 from elasticsearch import ApiError, BadRequestError, Elasticsearch, OrjsonSerializer, TransportError
 
 from imagesearch.connection import Connection
-from imagesearch.documents import BATCH_SIZE, DIMENSIONS, Document, IndexMetadata, MetadataUpdate
 from imagesearch.elasticsearch_errors import (
     SIZE_HINT,
     authentication_error,
@@ -31,6 +30,7 @@ from imagesearch.elasticsearch_errors import (
 from imagesearch.elasticsearch_search import META_KEY, REQUEST_TIMEOUT_SECONDS, Body, ElasticsearchSearch
 from imagesearch.errors import ImageSearchError, LostIndexError, UsageError
 from imagesearch.parallel import batch_until_error, map_buffered
+from imagesearch.records import BATCH_SIZE, DIMENSIONS, Document, IndexMetadata, MetadataUpdate
 from imagesearch.retry import Retry, RetryableError
 
 T = TypeVar("T")

@@ -11,7 +11,6 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from imagesearch.connection import Connection
-from imagesearch.documents import DIMENSIONS, SCORE_TOLERANCE, Embedding, FileMetadata, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_errors import (
     connection_error,
     deleted_index_error,
@@ -21,6 +20,7 @@ from imagesearch.elasticsearch_errors import (
     parse_response,
 )
 from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.records import DIMENSIONS, SCORE_TOLERANCE, Embedding, FileMetadata, IndexMetadata, ModelInfo
 from imagesearch.retry import NO_RETRY, Retry, RetryableError
 
 T = TypeVar("T")

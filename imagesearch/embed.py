@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from imagesearch.documents import Candidate, Document, Embedding, MetadataUpdate, OpenedImage, Unreadable
 from imagesearch.errors import ImageSearchError, describe_error
 from imagesearch.files import max_open_files
 from imagesearch.images import open_rgb
 from imagesearch.index import Index
 from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model
-from imagesearch.parallel import available_cpus, map_buffered, split, start_thread
+from imagesearch.parallel import available_cpus, make_chunks, map_buffered, start_thread
+from imagesearch.records import Candidate, Document, Embedding, MetadataUpdate, OpenedImage, Unreadable
 from imagesearch.report import Report
 from imagesearch.sources import Source
 
@@ -53,7 +53,7 @@ def embed_images(
                 return [_document(candidate, image, embedder, known) for candidate, image in pairs]
 
     size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // workers))
-    chunks = split(candidates, size, cpus, lambda candidate: candidate.image.size, CHUNK_BYTES)
+    chunks = make_chunks(candidates, size, cpus, lambda candidate: candidate.image.size, CHUNK_BYTES)
     with ThreadPoolExecutor(workers) as pool:
         for results in map_buffered(pool, embed_chunk, chunks, workers + cpus):
             for result in results:

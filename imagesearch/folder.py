@@ -9,11 +9,11 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagesearch.content import opened_from_memory
-from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError, describe_error
 from imagesearch.files import stream_sha256
 from imagesearch.images import image_extensions
 from imagesearch.paths import file_path_to_local, is_ambiguous, normalize_folder, path_to_text, quote_path
+from imagesearch.records import ImageFile, OpenedImage, Unreadable
 from imagesearch.report import SILENT, Report
 
 MAX_SMALL_BYTES = 1 << 18  # of a file that is read at once: each call may have to wait for the GIL

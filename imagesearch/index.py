@@ -6,9 +6,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from imagesearch.connection import Connection
-from imagesearch.documents import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
 from imagesearch.errors import UsageError
 from imagesearch.paths import quote_path
+from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
 from imagesearch.retry import Retry
 
 

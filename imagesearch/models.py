@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagesearch.documents import DIMENSIONS, PREPROCESSING, ModelInfo
 from imagesearch.errors import UsageError
 from imagesearch.paths import path_from_text, path_to_text, quote_path
+from imagesearch.records import DIMENSIONS, PREPROCESSING, ModelInfo
 
 MODEL_NAMES = ("clip", "thumbnail")
 

@@ -51,10 +51,10 @@ def batch_until_error(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     Unlike ``itertools.batched`` (Python 3.12), it yields what it has before it raises what `items` raises,
     so that the embeddings made before an error are still written.
     """
-    return split(items, size, workers=0)
+    return make_chunks(items, size, workers=0)
 
 
-def split(
+def make_chunks(
     items: Iterable[Item], size: int, workers: int, weight: Callable[[Item], int] = lambda item: 0, max_weight: int = 0
 ) -> Iterator[list[Item]]:
     """Yields lists of at most `size` items, for `workers` to share.

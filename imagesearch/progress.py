@@ -13,8 +13,8 @@ from typing import Self
 from tqdm import tqdm
 
 from imagesearch import console
-from imagesearch.documents import Document, MetadataUpdate, ModelInfo
 from imagesearch.paths import quote_path
+from imagesearch.records import Document, MetadataUpdate, ModelInfo
 
 UNREADABLE_SHOWN = 20
 KINDS_SHOWN = 10  # of skipped files

@@ -5,13 +5,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from imagesearch.documents import Embedding, OpenedImage, Unreadable
 from imagesearch.embed import CHUNK_SIZE, Embedder
 from imagesearch.errors import describe_error
 from imagesearch.files import max_open_files
 from imagesearch.index import Index
 from imagesearch.models import Model
-from imagesearch.parallel import available_cpus, map_buffered, split
+from imagesearch.parallel import available_cpus, make_chunks, map_buffered
+from imagesearch.records import Embedding, OpenedImage, Unreadable
 from imagesearch.sources import OpenQuery, is_path
 
 QUERY_READERS = 16  # threads that open queries; most of a download is waiting
@@ -45,7 +45,7 @@ def embed_queries(
 
     # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
     size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // QUERY_READERS))
-    chunks = split(queries, size, QUERY_READERS, lambda query: 0 if is_path(query) else 1)
+    chunks = make_chunks(queries, size, QUERY_READERS, lambda query: 0 if is_path(query) else 1)
     with ThreadPoolExecutor(QUERY_READERS) as pool:
         for embedded in map_buffered(pool, embed_chunk, chunks, QUERY_READERS + 1):
             yield from embedded

@@ -20,17 +20,17 @@ from urllib.parse import quote
 
 from PIL import Image, ImageCms
 
-from imagesearch.documents import FileMetadata, IndexMetadata, OpenedImage
 from imagesearch.errors import ImageSearchError, InterruptedRunError, UsageError, describe_error
 from imagesearch.files import atomic_write
 from imagesearch.images import image_extensions, open_rgb
 from imagesearch.index import Index
 from imagesearch.parallel import available_cpus
 from imagesearch.paths import BUCKET_URL, file_path_to_local, index_folder, path_to_text, query_name, quote_path
+from imagesearch.records import FileMetadata, IndexMetadata, OpenedImage
 from imagesearch.sources import open_location, open_query
 
-THUMBNAIL_SIZE = 320  # pixels of a thumbnail's longer side, at most
-THUMBNAIL_QUALITY = 75
+PREVIEW_SIZE = 320  # pixels of a preview's longer side, at most
+PREVIEW_QUALITY = 75
 RECENT_PICTURES = 2000  # whose HTML is kept, some 15 kB each, for the next sections
 READERS = 16  # pictures that are read at once, at least; reading from a bucket is mostly waiting
 
@@ -127,16 +127,16 @@ class Page:
         self._header = f"<p>Index {escape(name)}, made with {escape(metadata.model.description)}</p>"
         self._limits = escape(limits)
         self._results: list[tuple[str, dict[str, Any]]] = []
-        self._thumbnails: dict[str, bytes] = {}
+        self._previews: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @contextmanager
     def open_query(self, query: str) -> Iterator[OpenedImage]:
-        """Opens a query as `sources.open_query` does, and keeps its thumbnail."""
+        """Opens a query as `sources.open_query` does, and keeps its preview."""
         with open_query(query) as image:
-            picture = thumbnail(image.stream)
+            picture = preview(image.stream)
             with self._lock:
-                self._thumbnails.setdefault(query, picture)
+                self._previews.setdefault(query, picture)
             yield image
 
     def add(self, query: str, response: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Page:
     def write(self) -> bool:
         """Writes the page, unless no query was answered; returns True if it was written.
 
-        Thumbnails are made on all CPUs. Raises ImageSearchError if the file cannot be written.
+        Previews are made on all CPUs. Raises ImageSearchError if the file cannot be written.
         """
         if not any("hits" in response for _, response in self._results):
             return False
@@ -210,12 +210,12 @@ class Page:
         return f"{images}{self._limits}; a score of 1 means the same picture"
 
     def _query_picture(self, query: str, name: str) -> str:
-        """Returns the HTML of a query's thumbnail, linked to its file, if it is one."""
-        picture = _image_element(self._thumbnails[query], name)
+        """Returns the HTML of a query's preview, linked to its file, if it is one."""
+        picture = _image_element(self._previews[query], name)
         return self._linked(picture, query) if query != "-" and os.path.isfile(query) else picture
 
     def _hit_picture(self, hit: tuple[str, FileMetadata | None]) -> str:
-        """Returns the HTML of a hit's thumbnail, linked to its file; or a box that says why there is none.
+        """Returns the HTML of a hit's preview, linked to its file; or a box that says why there is none.
 
         Objects in a bucket are not linked: a signed link would stay valid for whoever has the page.
         """
@@ -227,7 +227,7 @@ class Page:
             with open_location(path) as image:
                 if indexed and image.sha256 != indexed.sha256:
                     return f'<div class="missing">{name} has changed since it was indexed</div>'
-                picture = _image_element(thumbnail(image.stream), name)
+                picture = _image_element(preview(image.stream), name)
         except FileNotFoundError:
             return f'<div class="missing">{name} is gone</div>'
         except Exception:  # Pillow raises nearly anything for a damaged file
@@ -264,13 +264,13 @@ def _image_element(webp: bytes, name: str) -> str:
     return f'<img src="data:image/webp;base64,{base64.b64encode(webp).decode()}" alt="{name}">'
 
 
-def thumbnail(stream: BinaryIO) -> bytes:
+def preview(stream: BinaryIO) -> bytes:
     """Returns the image in `stream` as a WebP of at most 320 pixels a side."""
     webp = io.BytesIO()
     with open_rgb(stream) as image:
-        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
         _convert_to_srgb(image)
-        image.save(webp, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
+        image.save(webp, "WEBP", quality=PREVIEW_QUALITY, method=2)
     return webp.getvalue()
 
 

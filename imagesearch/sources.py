@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, opened_from_memory
-from imagesearch.documents import ImageFile, OpenedImage, Unreadable
 from imagesearch.errors import UsageError
 from imagesearch.paths import BUCKET_URL, HTTP_URL
+from imagesearch.records import ImageFile, OpenedImage, Unreadable
 from imagesearch.report import SILENT, Report
 from imagesearch.retry import NO_RETRY, Retry
 

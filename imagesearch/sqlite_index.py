@@ -14,7 +14,10 @@ import apsw
 import numpy as np
 import sqlite_vec
 
-from imagesearch.documents import (
+from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
+from imagesearch.paths import quote_path
+from imagesearch.records import (
     BATCH_SIZE,
     SCORE_TOLERANCE,
     Document,
@@ -24,9 +27,6 @@ from imagesearch.documents import (
     MetadataUpdate,
     ModelInfo,
 )
-from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
-from imagesearch.paths import quote_path
 
 # SQLite counts the memory it uses under one lock, which every thread's sqlite-vec would take twice a row.
 apsw.shutdown()

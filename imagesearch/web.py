@@ -10,10 +10,10 @@ import requests
 import urllib3
 
 from imagesearch.content import MAX_CONTENT_BYTES, check_size, content_memory, opened_from_memory
-from imagesearch.documents import OpenedImage
 from imagesearch.errors import describe_error, root_cause
 from imagesearch.parallel import start_thread
 from imagesearch.paths import query_name
+from imagesearch.records import OpenedImage
 
 T = TypeVar("T")
 

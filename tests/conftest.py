@@ -7,12 +7,13 @@ import os
 import pickle
 import shutil
 import tempfile
-import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -36,6 +37,7 @@ from tests.server import (
     s3_server,
     unavailable,
 )
+from tests.tcp_proxy import TcpProxy
 
 TEST_ES_URL = os.environ.get("TEST_ES_URL")
 Fixture = TypeVar("Fixture", bound=Callable[..., Any])
@@ -79,11 +81,11 @@ SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "s3": s3_server,
     # A server to kill; it takes one bulk at a time for one shard and lets one more wait.
     "fragile_server": lambda: cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1),
-    "fragile_s3": s3_server,
+    "memory_s3": lambda: s3_server(in_memory=True),
     "three_nodes": lambda: cluster(3),
     "elasticsearch_9": lambda: cluster(1, release="9.2.0"),
 }
-SHARED = ("server", "s3")
+SHARED = ("server", "s3")  # by all workers
 HANDED_OVER = "IMAGESEARCH_TEST_SERVERS"  # the folder of the files with the shared servers
 _started: dict[str, "Future[tuple[Any, ExitStack]]"] = {}
 _pool = ThreadPoolExecutor(1)
@@ -161,9 +163,9 @@ def s3() -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 @slow
-def fragile_s3() -> Iterator[S3]:
-    """An S3 server to kill; a test that does starts it again."""
-    yield from started("fragile_s3")
+def memory_s3() -> Iterator[S3]:
+    """An S3 server that keeps objects in memory, so that their keys may be what no file name can."""
+    yield from started("memory_s3")
 
 
 @pytest.fixture(scope="session")
@@ -179,15 +181,29 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 @slow
 def fragile_server() -> Iterator[Cluster]:
-    """Elasticsearch to kill; a test that does starts it again."""
+    """Elasticsearch to kill."""
     yield from started("fragile_server")
 
 
 @pytest.fixture(scope="session")
 @slow
 def three_nodes() -> Iterator[Cluster]:
-    """Three nodes; a test that kills one starts it again."""
+    """Three nodes to kill."""
     yield from started("three_nodes")
+
+
+@pytest.fixture(autouse=True)
+def all_nodes_run(request: pytest.FixtureRequest) -> None:
+    """A test that kills a node leaves it so, and the next one that needs it starts it again."""
+    for name in {"fragile_server", "three_nodes"} & set(request.fixturenames):
+        request.getfixturevalue(name).start_missing()
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[TcpProxy]:
+    """A proxy in front of Elasticsearch, for an outage."""
+    with TcpProxy(urlsplit(server.url).port or 0) as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="session")
@@ -248,8 +264,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
 
 
 @pytest.fixture
-def bucket(s3: S3, request: pytest.FixtureRequest) -> Bucket:
-    return Bucket(s3, f"test-{hashlib.sha256(request.node.name.encode()).hexdigest()[:20]}-{time.time_ns()}")
+def bucket(s3: S3) -> Bucket:
+    return Bucket(s3, f"test-{uuid.uuid4()}")
+
+
+@pytest.fixture
+def memory_bucket(memory_s3: S3) -> Bucket:
+    return Bucket(memory_s3, f"test-{uuid.uuid4()}")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -17,11 +18,12 @@ from typing import Any
 from PIL import Image
 
 from imagesearch.connection import Connection
-from imagesearch.documents import document_id
 from imagesearch.index import WritableIndex, open_writable_index
+from imagesearch.records import document_id
 from imagesearch.retry import NO_RETRY
 from tests import forked
 from tests.server import ROOT, Cluster, Server
+from tests.tcp_proxy import TcpProxy
 
 RUN_SECONDS = 120  # which no script takes
 
@@ -105,6 +107,11 @@ def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
     return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
 
 
+def behind(proxy: TcpProxy, scripts: Scripts) -> str:
+    """`ES_URL` for the scripts' server behind a proxy."""
+    return re.sub(r":\d+$", f":{proxy.port}", scripts.environment["ES_URL"])
+
+
 # Python imports it at its start: each call of the model appends a byte to a file.
 COUNTING = """
 import imagesearch.models as models
@@ -116,7 +123,7 @@ def counting(self, pixels):
 models.Thumbnail.embed = counting
 """
 
-MANY = 3000  # images in `many_images`
+MANY = 2000  # images in `many_images`
 
 KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
 COUNTS = re.compile(
@@ -242,3 +249,19 @@ def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:
 def hits(scripts: Scripts, query: object, *arguments: object) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = scripts.search(query, *arguments)[0]["hits"]["hits"]
     return found
+
+
+def start_recipe(document: str, beginning: str, scripts: Scripts, **environment: str) -> "subprocess.Popen[str]":
+    """Starts the block of commands in `document` that begins so, with the test's index in place of `images`."""
+    text = (ROOT / document).read_text()
+    found = re.search(rf"^```sh\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found
+    commands = found[1].replace("images", scripts.index)
+    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
+    return subprocess.Popen(
+        ["bash", "-ec", commands.replace("python3 create.py", ours)],
+        cwd=scripts.folder,
+        env=scripts.environment | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

@@ -246,6 +246,14 @@ class Cluster:
                 extra_groups=[] if os.geteuid() == 0 else None,
             )
 
+    def start_missing(self) -> None:
+        """Starts those nodes that were killed, and waits for them."""
+        missing = [node for node in self.nodes if not node.process]
+        for node in missing:
+            self.start(node)
+        if missing:
+            self.wait()
+
     def wait(self) -> None:
         """Waits until every node that was started answers and belongs to the cluster."""
         running = [node for node in self.nodes if node.process]
@@ -460,6 +468,10 @@ class Bucket:
 
     def put(self, key: str, content: bytes) -> None:
         obstore.put(self.store, key, content)
+
+    def put_any(self, key: str, content: bytes) -> None:
+        """Puts an object with any key, even one that obstore refuses."""
+        self.server.put(self.name, key, content)
 
     def put_many(self, objects: dict[str, bytes]) -> None:
         with ThreadPoolExecutor(8) as pool:

@@ -19,7 +19,8 @@ from imagesearch.content import MAX_CONTENT_BYTES
 from tests.http_servers import Answering, serving
 from tests.pictures import png
 from tests.running import Scripts, counts, end, hits, maps, read_until, rows, summary, wait_until
-from tests.server import S3, Bucket, s3_server
+from tests.server import S3, Bucket
+from tests.tcp_proxy import TcpProxy
 
 SLOW_SECONDS = 4
 
@@ -100,28 +101,26 @@ ODD_KEYS = [
 ]
 
 
-def test_unusual_keys_are_preserved(local: Scripts) -> None:
-    with s3_server(in_memory=True) as server:
-        local.environment |= server.environment
-        server.put("birds")
-        for seed, key in enumerate(ODD_KEYS):
-            server.put("birds", key, png(seed))
-        server.put("birds", "odd", b"an object named like the prefix")
-        server.put("birds", "odd/folder/", b"")
-        server.put("birds", "odd/folder.png/", b"")
-        stderr = local.create("--images", "s3://birds/odd")
-        assert counts(stderr) == {"new": len(ODD_KEYS)}
-        assert summary(stderr)["skipped"] == "1 empty object, 1 without extension"
-        urls = [f"s3://birds/{key}" for key in ODD_KEYS]
-        for seed in range(len(ODD_KEYS)):
-            (local.folder / f"{seed}.png").write_bytes(png(seed))
-        found = [
-            response["hits"]["hits"][0]
-            for response in local.search(*(f"{seed}.png" for seed in range(len(ODD_KEYS))), *urls)
-        ]
-        assert [hit["fields"]["file_path"] for hit in found] == [[url] for url in (*urls, *urls)]
-        assert min(hit["_score"] for hit in found) == pytest.approx(1, abs=1e-6)
-        assert counts(local.create("--images", "s3://birds/odd", "--prune")) == {"unchanged": len(ODD_KEYS)}
+def test_unusual_keys_are_preserved(local: Scripts, memory_bucket: Bucket) -> None:
+    local.environment |= memory_bucket.server.environment
+    for seed, key in enumerate(ODD_KEYS):
+        memory_bucket.put_any(key, png(seed))
+    memory_bucket.put_any("odd", b"an object named like the prefix")
+    memory_bucket.put_any("odd/folder/", b"")
+    memory_bucket.put_any("odd/folder.png/", b"")
+    stderr = local.create("--images", f"{memory_bucket.url}/odd")
+    assert counts(stderr) == {"new": len(ODD_KEYS)}
+    assert summary(stderr)["skipped"] == "1 empty object, 1 without extension"
+    urls = [f"{memory_bucket.url}/{key}" for key in ODD_KEYS]
+    for seed in range(len(ODD_KEYS)):
+        (local.folder / f"{seed}.png").write_bytes(png(seed))
+    found = [
+        response["hits"]["hits"][0]
+        for response in local.search(*(f"{seed}.png" for seed in range(len(ODD_KEYS))), *urls)
+    ]
+    assert [hit["fields"]["file_path"] for hit in found] == [[url] for url in (*urls, *urls)]
+    assert min(hit["_score"] for hit in found) == pytest.approx(1, abs=1e-6)
+    assert counts(local.create("--images", f"{memory_bucket.url}/odd", "--prune")) == {"unchanged": len(ODD_KEYS)}
 
 
 @pytest.mark.parametrize(
@@ -132,42 +131,49 @@ def test_unusual_keys_are_preserved(local: Scripts) -> None:
         ("in/b/./6.png", "a part that is"),
     ],
 )
-def test_a_key_that_obstore_cannot_read_costs_one_line(key: str, problem: str, local: Scripts) -> None:
+def test_a_key_that_obstore_cannot_read_costs_one_line(
+    key: str, problem: str, local: Scripts, memory_s3: S3, memory_bucket: Bucket
+) -> None:
     good = ["in/a/1.png", "in/a/2.png", "in/b/z.png", "in/c/3.png", "in/c/d/4.png", "in/5.png"]
-    with s3_server(in_memory=True) as server:
-        local.environment |= server.environment
-        server.put("birds")
-        for seed, name in enumerate([*good, key]):
-            server.put("birds", name, png(seed))
-        stderr = local.create("--images", "s3://birds/in", code=1)
-        assert counts(stderr) == {"new": len(good), "unreadable": 1}
-        (line,) = [line for line in stderr.splitlines() if line.startswith("Cannot read")]
-        assert f"obstore cannot read keys with {problem}" in line and "\r" not in line
-        assert local.paths() == sorted(f"s3://birds/{name}" for name in good)
-        assert counts(local.create("--images", "s3://birds/in", "--prune", code=1))["unchanged"] == len(good)
+    local.environment |= memory_bucket.server.environment
+    for seed, name in enumerate([*good, key]):
+        memory_bucket.put_any(name, png(seed))
+    stderr = local.create("--images", f"{memory_bucket.url}/in", code=1)
+    assert counts(stderr) == {"new": len(good), "unreadable": 1}
+    (line,) = [line for line in stderr.splitlines() if line.startswith("Cannot read")]
+    assert f"obstore cannot read keys with {problem}" in line and "\r" not in line
+    assert local.paths() == sorted(f"{memory_bucket.url}/{name}" for name in good)
+    assert counts(local.create("--images", f"{memory_bucket.url}/in", "--prune", code=1))["unchanged"] == len(good)
 
 
-def test_several_keys_that_obstore_cannot_read_are_each_named_once(local: Scripts) -> None:
-    with s3_server(in_memory=True) as server:
-        local.environment |= server.environment
-        server.put("birds")
-        for seed, name in enumerate(["in/Icon\r", "in/a.png", "in/b//c.png", "in/d.png", "in/e\x7f.png", "in/z.png"]):
-            server.put("birds", name, png(seed))
-        stderr = local.create("--images", "s3://birds/in", code=1)
-        assert stderr.count("obstore cannot read keys") == 3
-        assert {"s3://birds/in/z.png"} <= set(local.paths()) <= {f"s3://birds/in/{name}.png" for name in "adz"}
+def test_several_keys_that_obstore_cannot_read_are_each_named_once(
+    local: Scripts, memory_s3: S3, memory_bucket: Bucket
+) -> None:
+    local.environment |= memory_bucket.server.environment
+    for seed, name in enumerate(["in/Icon\r", "in/a.png", "in/b//c.png", "in/d.png", "in/e\x7f.png", "in/z.png"]):
+        memory_bucket.put_any(name, png(seed))
+    stderr = local.create("--images", f"{memory_bucket.url}/in", code=1)
+    assert stderr.count("obstore cannot read keys") == 3
+    assert (
+        {f"{memory_bucket.url}/in/z.png"}
+        <= set(local.paths())
+        <= {f"{memory_bucket.url}/in/{name}.png" for name in "adz"}
+    )
 
 
-def test_keys_that_differ_in_outer_slashes_are_reported(local: Scripts) -> None:
-    with s3_server(in_memory=True) as server:
-        local.environment |= server.environment
-        server.put("birds")
-        for seed, name in enumerate(["/photos/1.png", "photos/1.png", "photos/2.png", "/only/3.png"]):
-            server.put("birds", name, png(seed))
-        stderr = local.create("--images", "s3://birds", code=1)
-        assert counts(stderr) == {"new": 2, "unreadable": 2}
-        assert "Cannot read s3://birds/photos/1.png: there are several such keys, with and without slashes" in stderr
-        assert "Cannot read s3://birds/only/3.png: no such object: it was deleted, or its key begins or ends" in stderr
+def test_keys_that_differ_in_outer_slashes_are_reported(local: Scripts, memory_bucket: Bucket) -> None:
+    local.environment |= memory_bucket.server.environment
+    for seed, name in enumerate(["/photos/1.png", "photos/1.png", "photos/2.png", "/only/3.png"]):
+        memory_bucket.put_any(name, png(seed))
+    stderr = local.create("--images", memory_bucket.url, code=1)
+    assert counts(stderr) == {"new": 2, "unreadable": 2}
+    assert (
+        f"Cannot read {memory_bucket.url}/photos/1.png: there are several such keys, with and without slashes" in stderr
+    )
+    assert (
+        f"Cannot read {memory_bucket.url}/only/3.png: no such object: it was deleted, or its key begins or ends"
+        in stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,28 +257,29 @@ def test_a_folder_named_like_a_url_stays_a_folder(local: Scripts) -> None:
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_store_that_goes_away_is_retried(comes_back: bool, local: Scripts, fragile_s3: S3) -> None:
-    bucket = Bucket(fragile_s3, f"birds-{comes_back}".lower())
+def test_a_store_that_goes_away_is_retried(comes_back: bool, local_s3: Scripts, s3: S3, bucket: Bucket) -> None:
     bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1500)})
-    local.environment |= fragile_s3.environment
-    retry = ("--retry-timeout", "60" if comes_back else "3")
-    process = local.start("create.py", "--model", "thumbnail", "--images", bucket.url, *retry)
-    wait_until(lambda: process.poll() is not None or rows(local.folder / "imagesearch.db") > 0)
-    fragile_s3.kill()
-    read_until(process, "Retrying")
-    if comes_back:
-        fragile_s3.start()
-    code, stderr = end(process)
+    with TcpProxy(s3.port) as proxy:
+        retry = ("--retry-timeout", "60" if comes_back else "3")
+        url = f"http://127.0.0.1:{proxy.port}"
+        process = local_s3.start(
+            "create.py", "--model", "thumbnail", "--images", bucket.url, *retry, AWS_ENDPOINT_URL=url
+        )
+        wait_until(lambda: process.poll() is not None or rows(local_s3.folder / "imagesearch.db") > 0)
+        proxy.stop()
+        read_until(process, "Retrying")
+        if comes_back:
+            proxy.start()
+        code, stderr = end(process)
     found = counts(stderr)
     if comes_back:
         assert code == 0, stderr
         assert found["new"] == 1500
     else:
         assert code == 1, stderr
-        assert re.search(r"create.py: The bucket s3://birds-false did not recover within \d+ s: no answer", stderr)
+        assert re.search(rf"create.py: The bucket {bucket.url} did not recover within \d+ s: no answer", stderr)
         assert stderr.count("Retrying") < 10  # not once for each thread
-        fragile_s3.start()
-        assert counts(local.create("--images", bucket.url))["unchanged"] == found["new"]
+        assert counts(local_s3.create("--images", bucket.url))["unchanged"] == found["new"]
 
 
 def test_an_interrupted_run_goes_on(local_s3: Scripts, bucket: Bucket) -> None:

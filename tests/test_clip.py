@@ -19,9 +19,9 @@ from PIL import Image
 
 from imagesearch import clip
 from imagesearch.cache import cache_folder, model_sha256
-from imagesearch.documents import DIMENSIONS
 from imagesearch.errors import ImageSearchError
 from imagesearch.models import load_model
+from imagesearch.records import DIMENSIONS
 from tests.http_servers import Hub
 from tests.pictures import averaging_model, image, read_image
 from tests.running import environment

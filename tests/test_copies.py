@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagesearch.documents import Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.parallel import available_cpus
+from imagesearch.records import Document, ImageFile, IndexMetadata, ModelInfo
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, calls, counts, embeddings, open_scripts_index
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from imagesearch.images import open_rgb
-from imagesearch.results_page import thumbnail
+from imagesearch.results_page import preview
 from tests.server import ROOT
 
 RUN_LIMIT_MB = 1000  # "so that a run stays below 1 GB"
@@ -357,6 +357,6 @@ def test_the_colors_of_a_thumbnail_are_those_of_the_file(kind: str, mode: str) -
     if mode != "RGB":
         picture = picture.convert(mode, palette=Image.Palette.ADAPTIVE)
     content = saved(picture, kind, icc_profile=display_p3())
-    with Image.open(io.BytesIO(thumbnail(io.BytesIO(content)))) as small, Image.open(io.BytesIO(content)) as original:
+    with Image.open(io.BytesIO(preview(io.BytesIO(content)))) as small, Image.open(io.BytesIO(content)) as original:
         difference = lab(small)[100, 100] - lab(original)[100, 100]
     assert np.linalg.norm(difference) < 4

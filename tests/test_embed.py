@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imagesearch import embed
-from imagesearch.documents import (
+from imagesearch.embed import Embedder, embed_images
+from imagesearch.errors import ImageSearchError
+from imagesearch.folder import FolderSource, open_file
+from imagesearch.images import image_extensions
+from imagesearch.interrupt import Interrupt
+from imagesearch.models import Model, Thumbnail
+from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, make_chunks, map_buffered
+from imagesearch.queries import embed_queries
+from imagesearch.records import (
     Candidate,
     Document,
     FileMetadata,
@@ -25,14 +33,6 @@ from imagesearch.documents import (
     ModelInfo,
     Unreadable,
 )
-from imagesearch.embed import Embedder, embed_images
-from imagesearch.errors import ImageSearchError
-from imagesearch.folder import FolderSource, open_file
-from imagesearch.images import image_extensions
-from imagesearch.interrupt import Interrupt
-from imagesearch.models import Model, Thumbnail
-from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, map_buffered, split
-from imagesearch.queries import embed_queries
 from imagesearch.sources import Source, open_query
 from tests.pictures import image
 
@@ -439,13 +439,13 @@ def test_what_was_collected_before_an_error_is_not_lost() -> None:
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 9), st.integers(1, 4))
 def test_a_split_keeps_all_items_in_order_within_its_limits(items: list[int], size: int, workers: int) -> None:
-    chunks = list(split(items, size, workers, lambda item: item, 10))
+    chunks = list(make_chunks(items, size, workers, lambda item: item, 10))
     assert [item for chunk in chunks for item in chunk] == items
     assert all(len(chunk) <= size and (sum(chunk) <= 10 or len(chunk) == 1) for chunk in chunks)
 
 
 def test_the_last_chunks_of_a_split_are_smaller() -> None:
-    sizes = [len(chunk) for chunk in split(range(100), 16, workers=2)]
+    sizes = [len(chunk) for chunk in make_chunks(range(100), 16, workers=2)]
     assert sizes[0] == 16 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
 
 

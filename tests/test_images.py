@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from imagesearch import images
-from imagesearch.documents import ImageFile
 from imagesearch.folder import FolderSource
 from imagesearch.images import FORMATS, image_extensions
 from imagesearch.paths import file_path_to_local, normalize_folder, path_from_text, path_to_text, quote_path
+from imagesearch.records import ImageFile
 from tests.pictures import Picture, image, read_image
 from tests.server import ROOT
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from imagesearch.documents import Document, ImageFile
 from imagesearch.progress import Progress
+from imagesearch.records import Document, ImageFile
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, counts
 from tests.server import ROOT

@@ -16,9 +16,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from imagesearch import results_page
-from imagesearch.documents import FileMetadata, IndexMetadata, ModelInfo
 from imagesearch.files import file_sha256
 from imagesearch.paths import path_to_text
+from imagesearch.records import FileMetadata, IndexMetadata, ModelInfo
 from tests.pictures import Picture, image
 from tests.running import Scripts
 from tests.server import ROOT
@@ -176,9 +176,9 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image((640, 400), 1).save(tmp_path / "a.jpg", exif=exif)
     with (tmp_path / "a.jpg").open("rb") as stream:
-        thumbnail = Image.open(io.BytesIO(results_page.thumbnail(stream)))
-    assert thumbnail.format == "WEBP"
-    assert thumbnail.size == (200, 320)
+        preview = Image.open(io.BytesIO(results_page.preview(stream)))
+    assert preview.format == "WEBP"
+    assert preview.size == (200, 320)
 
 
 @pytest.mark.slow

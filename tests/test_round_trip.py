@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imagesearch.connection import Connection
-from imagesearch.documents import Document, FileMetadata, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.index import WritableIndex
 from imagesearch.paths import file_path_to_local, path_to_text
+from imagesearch.records import Document, FileMetadata, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.retry import NO_RETRY
 from imagesearch.sqlite_index import SqliteIndex
 from tests.running import Scripts

@@ -1,23 +1,18 @@
 """Several machines embed; shards and replicas are the index's own; another model takes over without a gap."""
 
 import json
-import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imagesearch.connection import Connection
-from imagesearch.documents import Document, ImageFile
 from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.errors import ImageSearchError
+from imagesearch.records import Document, ImageFile
 from imagesearch.retry import NO_RETRY
 from tests.pictures import Picture, averaging_model
-from tests.running import Scripts, counts, scripts_on
-from tests.server import ROOT, Cluster, Server
+from tests.running import Scripts, counts, start_recipe
+from tests.server import Server
 
 
 def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture) -> None:
@@ -78,52 +73,6 @@ def test_shards_and_replicas_come_from_an_index_template(elastic: Scripts, serve
     assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7.png"]
 
 
-def recipe(document: str, beginning: str, scripts: Scripts, **environment: str) -> "subprocess.Popen[str]":
-    """Starts the block of commands in `document` that begins so, with the test's index in place of `images`."""
-    text = (ROOT / document).read_text()
-    found = re.search(rf"^```sh\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert found
-    commands = found[1].replace("images", scripts.index)
-    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
-    return subprocess.Popen(
-        ["bash", "-ec", commands.replace("python3 create.py", ours)],
-        cwd=scripts.folder,
-        env=scripts.environment | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_three_nodes_share_shards_and_senders(three_nodes: Cluster, picture: Picture, tmp_path: Path) -> None:
-    """Three machines embed a part each and write to a node each; the template of docs/scaling.md spreads the index."""
-    for number in range(60):
-        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
-    scripts = scripts_on(three_nodes, tmp_path, tmp_path)
-    servers = [Server(url, str(three_nodes.ca)) for url in three_nodes.url.split(",")]
-    output, _ = recipe("docs/scaling.md", "curl", scripts, ES_URL=servers[0].url).communicate()
-    assert json.loads(output) == {"acknowledged": True}
-    parts = [
-        scripts.start("create.py", "--model", "thumbnail", "--part", f"{number}/3", ES_URL=node.url)
-        for number, node in enumerate(servers, 1)
-    ]
-    ends = [part.communicate(timeout=120)[1] for part in parts]
-    assert [part.returncode for part in parts] == [0, 0, 0], ends
-    assert sum(counts(stderr)["new"] for stderr in ends) == 60
-    assert counts(scripts.create()) == {"unchanged": 60}
-
-    servers[1].request(
-        "GET", f"_cluster/health/{scripts.index}?wait_for_status=green&wait_for_no_relocating_shards=true&timeout=60s"
-    )
-    shards = servers[2].request("GET", f"_cat/shards/{scripts.index}?format=json")
-    assert sorted(shard["prirep"] for shard in shards) == ["p", "p", "p", "r", "r", "r"]
-    assert {shard["state"] for shard in shards} == {"STARTED"}
-    assert {shard["node"] for shard in shards} == {"node-0", "node-1", "node-2"}
-    response = scripts.search("images/1/7.png", "-k", 60)[0]
-    assert response["_shards"] == {"total": 3, "successful": 3, "skipped": 0, "failed": 0}
-    assert len(response["hits"]["hits"]) == 60
-    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/1/7.png"]
-
-
 def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server, picture: Picture) -> None:
     """The recipes of docs/models.md: the next index is built while this one serves, and takes its name."""
     for number in range(10):
@@ -133,7 +82,7 @@ def test_another_model_takes_over_without_a_gap(elastic: Scripts, server: Server
     elastic.create()
     for model, before, after in (("other.onnx", "", "-v2"), ("third.onnx", "-v2", "-v3")):
         assert elastic.search("images/3.png")[0]["hits"]["hits"][0]["_index"] == elastic.index + before
-        switching = recipe("docs/models.md", f"python3 create.py --model {model}", elastic)
+        switching = start_recipe("docs/models.md", f"python3 create.py --model {model}", elastic)
         while switching.poll() is None:
             count = f"{elastic.index}/_count"
             try:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from imagesearch.documents import PREPROCESSING
+from imagesearch.records import PREPROCESSING
 from tests.certificates import CA
 from tests.http_servers import RecordingServer
 from tests.pictures import Picture, averaging_model, image, png

@@ -36,7 +36,6 @@ from sklearn.datasets import load_sample_images
 from imagesearch import clip
 from imagesearch.cache import model_sha256
 from imagesearch.connection import Connection
-from imagesearch.documents import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_index import PROPERTIES, ElasticsearchIndex
 from imagesearch.elasticsearch_search import META_KEY
 from imagesearch.files import stream_sha256
@@ -47,6 +46,7 @@ from imagesearch.int8 import write_probe
 from imagesearch.models import Thumbnail
 from imagesearch.parallel import available_cpus
 from imagesearch.prepared_model import prepared_model_path
+from imagesearch.records import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.retry import NO_RETRY
 from imagesearch.sqlite_index import SqliteIndex
 from tests.clip_model import build, build_processor

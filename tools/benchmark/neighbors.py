@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from imagesearch import elasticsearch_index as module
 from imagesearch.connection import Connection
-from imagesearch.documents import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.records import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
 from imagesearch.retry import NO_RETRY
 from imagesearch.sqlite_index import SqliteIndex
 from tests.server import ROOT, Cluster

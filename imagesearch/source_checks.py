@@ -1,31 +1,19 @@
-"""Deleting the documents whose files are gone, and whether the images are those that were indexed."""
+"""Whether the images that create.py finds are those of its index: else it would mix, replace or delete others."""
 
 import argparse
 import itertools
 import os
-from collections.abc import Iterator
 
-from imagesearch.documents import BATCH_SIZE, IndexMetadata, OpenedImage, document_id
 from imagesearch.embed import CHUNK_BYTES
 from imagesearch.errors import UsageError
 from imagesearch.index import WritableIndex
 from imagesearch.interrupt import Interrupt
-from imagesearch.parallel import batch_until_error, split
+from imagesearch.parallel import make_chunks
 from imagesearch.paths import BUCKET_URL, index_folder, path_from_text, quote_path
-from imagesearch.sources import Part, Source
+from imagesearch.records import BATCH_SIZE, IndexMetadata, OpenedImage
+from imagesearch.sources import Source
 
 SAMPLE_SIZE = 16  # images whose content tells whether the source is the one that was indexed
-
-
-def prune(index: WritableIndex, source: Source, part: Part, interrupt: Interrupt) -> Iterator[int]:
-    """Deletes the documents below `source` whose files are gone; yields the number deleted, batch by batch.
-
-    After an interruption it looks no further; what was found by then is still deleted.
-    """
-    listed = interrupt.until_interrupted(index.list_paths(source.name))
-    paths = (path for path in listed if part.contains(document_id(path)))
-    for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
-        yield index.delete([document_id(path) for path in gone])
 
 
 def check_source(
@@ -47,9 +35,9 @@ def check_source(
             " --prune-all."
         ) from None
     if metadata:
-        check_moved(index, metadata, source)
+        check_same_machine(index, metadata, source)
     if arguments.prune and metadata:
-        check_folder(metadata, arguments.images)
+        check_prune_folder(metadata, arguments.images)
         if not arguments.prune_all:
             check_prune(index, source, interrupt)
     if next(source.find_images(), None) is None and not (arguments.prune_all and metadata):
@@ -58,7 +46,7 @@ def check_source(
         )
 
 
-def check_folder(metadata: IndexMetadata, location: str) -> None:
+def check_prune_folder(metadata: IndexMetadata, location: str) -> None:
     """Raises UsageError if `location`, a relative path, is another folder than the one of that path in the index."""
     is_relative = not (os.path.isabs(location) or BUCKET_URL.match(location))
     if is_relative and index_folder(metadata.folder) != os.path.realpath(os.curdir):
@@ -68,7 +56,7 @@ def check_folder(metadata: IndexMetadata, location: str) -> None:
         )
 
 
-def check_moved(index: WritableIndex, metadata: IndexMetadata, source: Source) -> None:
+def check_same_machine(index: WritableIndex, metadata: IndexMetadata, source: Source) -> None:
     """Raises UsageError if the images are those of another machine than the index's.
 
     The folder that the index has recorded may be missing because it was moved: then its images are in the index. Or
@@ -84,7 +72,7 @@ def check_moved(index: WritableIndex, metadata: IndexMetadata, source: Source) -
 
 
 def check_prune(index: WritableIndex, source: Source, interrupt: Interrupt) -> None:
-    """Raises UsageError if `prune` would delete every document below the source, and its images are all new.
+    """Raises UsageError if --prune would delete every document below the source, and its images are all new.
 
     That may be intended; but an unmounted disk, or another folder of the same name, looks the same. If
     the images' contents are in the index, the files were only renamed. What costs least is asked first.
@@ -125,7 +113,7 @@ def _has_known_image(index: WritableIndex, source: Source) -> bool:
     indexed = index.get_file_metadata([image.id for image in images])
     if any((found := indexed.get(image.id)) and found.is_of(image) for image in images):
         return True
-    for chunk in split(images[:SAMPLE_SIZE], SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
+    for chunk in make_chunks(images[:SAMPLE_SIZE], SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
         with source.open_images(chunk) as opened:
             sha256s = [image.sha256 for image in opened if isinstance(image, OpenedImage)]
         if sha256s and index.find_embeddings(sha256s):
