@@ -258,7 +258,7 @@ def test_a_folder_named_like_a_url_stays_a_folder(local: Scripts) -> None:
 
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_store_that_goes_away_is_retried(comes_back: bool, local_s3: Scripts, s3: S3, bucket: Bucket) -> None:
-    bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1500)})
+    bucket.put_many({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
     with TcpProxy(s3.port) as proxy:
         retry = ("--retry-timeout", "60" if comes_back else "3")
         url = f"http://127.0.0.1:{proxy.port}"
@@ -274,7 +274,7 @@ def test_a_store_that_goes_away_is_retried(comes_back: bool, local_s3: Scripts, 
     found = counts(stderr)
     if comes_back:
         assert code == 0, stderr
-        assert found["new"] == 1500
+        assert found["new"] == 1000
     else:
         assert code == 1, stderr
         assert re.search(rf"create.py: The bucket {bucket.url} did not recover within \d+ s: no answer", stderr)

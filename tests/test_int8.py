@@ -26,10 +26,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def embeddings(path: Path, batch: int) -> np.ndarray:
-    """Of 64 random images; without the optimizations of `session_options`, as imgbeddings does."""
+    """Of 16 random images; without the optimizations of `session_options`, as imgbeddings does."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    pixels = np.random.default_rng(0).standard_normal((64, 3, 224, 224), np.float32)
-    parts = [session.run(["embeddings"], {"pixel_values": pixels[n : n + batch]})[0] for n in range(0, 64, batch)]
+    pixels = np.random.default_rng(0).standard_normal((16, 3, 224, 224), np.float32)
+    parts = [session.run(["embeddings"], {"pixel_values": pixels[n : n + batch]})[0] for n in range(0, 16, batch)]
     return np.concatenate(parts)
 
 

@@ -70,7 +70,7 @@ def index(elastic: Scripts) -> WritableIndex:
     return index
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=NAMES)
 def test_elasticsearch_keeps_any_name(names: list[bytes], index: WritableIndex, tmp_path: Path) -> None:
     check(index, names, tmp_path / "images")
