@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARALLEL := -n 2 --dist loadgroup
 
 .PHONY: help demo test test-fast lint benchmark neighbors options pin clean
 
 help:
 	@echo 'make demo       index and search a sample set of pictures, in build/demo'
 	@echo 'make test       run the tests, with real servers (needs Maven and a JDK 17 or newer; PYTEST="…" for options)'
-	@echo 'make test-fast  run the tests that need no server, in half a minute'
+	@echo 'make test-fast  run the tests that need no server'
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
 	@echo 'make neighbors  measure recall and indexing speed on a real Elasticsearch, and write build/neighbors.md'
@@ -20,10 +21,10 @@ demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
 test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(PYTEST)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -53,16 +53,14 @@ def slow(fixture: Fixture) -> Fixture:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that use a slow fixture as slow, for `make test-fast`, and puts them after the others.
 
-    Those with a server of their own come first of them, all with one server on one worker of pytest-xdist: they take
-    longest.
+    Those with a fixture that should be made once are on one worker of pytest-xdist, and come first of the slow ones.
     """
     for item in items:
         fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
         if any(getattr(definitions[-1].func, "is_slow", False) for definitions in fixtures):
             item.add_marker(pytest.mark.slow)
-        for name in SERVERS:
-            if name not in SHARED and name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
+        for fixture in set(GROUPS) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(GROUPS[fixture]))
     items.sort(key=lambda item: (bool(item.get_closest_marker("slow")), not item.get_closest_marker("xdist_group")))
 
 
@@ -86,6 +84,8 @@ SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "elasticsearch_9": lambda: cluster(1, release="9.2.0"),
 }
 SHARED = ("server", "s3")  # by all workers
+# The groups of tests that run on one worker, by what they share.
+GROUPS = {name: name for name in SERVERS if name not in SHARED} | {"small_clip": "clip", "process_inputs": "clip"}
 HANDED_OVER = "IMAGESEARCH_TEST_SERVERS"  # the folder of the files with the shared servers
 _started: dict[str, "Future[tuple[Any, ExitStack]]"] = {}
 _pool = ThreadPoolExecutor(1)

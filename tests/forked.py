@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import PIL
+
 # Those that the scripts import and that keep nothing of the environment in which they are imported.
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
 LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec", "tqdm"]
+LIBRARIES += [f"PIL.{plugin}" for plugin in PIL._plugins]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)

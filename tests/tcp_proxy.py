@@ -32,7 +32,7 @@ class TcpProxy:
         """Ends all connections and refuses new ones, as if the server was killed."""
         self._server.shutdown()
         self._server.server_close()
-        for connection in self._server.connections:
+        for connection in self._server.connections.copy():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 

@@ -22,7 +22,6 @@ from tests.running import Scripts, counts
 from tests.server import ROOT
 
 COUNT = 24
-pytestmark = pytest.mark.xdist_group("one_vector")  # what is expected takes long to make
 
 
 @pytest.fixture(scope="module")

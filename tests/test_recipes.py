@@ -107,8 +107,7 @@ def test_the_vectors_are_those_of_the_index(recipes: Scripts) -> None:
     recipes.create()
     shown = "\nprint(vectors.shape, vectors.dtype, len(set(paths)), abs(vectors).max() <= 1)"
     code = ELASTIC if "ES_URL" in recipes.environment else LOCAL
-    assert run_python(recipes, code + shown) == "(56, 768) float32 56 True\n"
-    run_python(recipes, code + "\n" + CLUSTERS)
+    assert run_python(recipes, f"{code}{shown}\n{CLUSTERS}").startswith("(56, 768) float32 56 True\n")
     with Image.open(recipes.folder / "clusters.png") as sheet:
         assert sheet.size == (1200, 1000)
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
