@@ -86,12 +86,12 @@ def find_changed(
     for batch in batch_until_error(interrupt.until_interrupted(images), BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
         for image in batch:
-            known = indexed.get(image.id)
-            if known and known.is_of(image):
+            metadata = indexed.get(image.id)
+            if metadata and metadata.is_of(image):
                 progress.count_unchanged()
             else:
                 progress.start_embedding()
-                yield Candidate(image, known)
+                yield Candidate(image, metadata)
 
 
 def delete_gone(

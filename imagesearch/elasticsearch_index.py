@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -135,44 +134,46 @@ class ElasticsearchIndex(ElasticsearchSearch):
                 yield batch
 
         with ThreadPoolExecutor(BULK_REQUESTS) as pool:
-            for bulk in map_buffered(pool, self._write_batch, batches(), BULK_REQUESTS):
-                yield from bulk.items
-                if bulk.error:
-                    errors.append(bulk.error)
+            for written, error in map_buffered(pool, self._write_batch, batches(), BULK_REQUESTS):
+                yield from written
+                if error:
+                    errors.append(error)
         if errors:
             raise errors[0]
 
     def delete(self, ids: Sequence[str]) -> int:
         self._ensure_same_index()
         pending: Pending = {id_: [_dumps({"delete": {"_index": self._name, "_id": id_}})] for id_ in ids}
-        return len(ids) - len(self._send_pending(pending))
+        missing: set[str] = set()
+        self._send_pending(pending, missing)
+        return len(ids) - len(missing)
 
     def refresh(self) -> None:
         self._with_client(lambda: self._client.indices.refresh(index=self._name))
         self._ensure_same_index()
 
-    def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> "_Written":
-        """Writes documents; returns those that are stored, with the error that kept it from writing the others."""
+    def _write_batch(
+        self, batch: Sequence[Document | MetadataUpdate]
+    ) -> tuple[list[Document | MetadataUpdate], ImageSearchError | None]:
+        """Writes documents; returns those that are stored, and the error that kept it from writing the others."""
         pending: Pending = {item.image.id: _bulk_action(self._name, item) for item in batch}
         missing: set[str] = set()
         error: ImageSearchError | None = None
         try:
-            missing = self._send_pending(pending)
+            self._send_pending(pending, missing)
         except ImageSearchError as some_refused:
             error = some_refused
         unwritten = pending.keys() | missing
-        return _Written([item for item in batch if item.image.id not in unwritten], error)
+        return [item for item in batch if item.image.id not in unwritten], error
 
-    def _send_pending(self, pending: Pending) -> set[str]:
+    def _send_pending(self, pending: Pending, missing: set[str]) -> None:
         """Sends bulk actions, by ``_id``, and removes from `pending` what Elasticsearch has done.
 
-        Returns the documents that are not there to update or delete.
+        The documents that are not there to update or delete are added to `missing`.
         """
-        missing: set[str] = set()
         while pending:
             ids = list(itertools.islice(pending, self._bulk_size))
             self._with_client(functools.partial(self._send_bulk, pending, missing, ids))
-        return missing
 
     def _send_bulk(self, pending: Pending, missing: set[str], ids: list[str]) -> None:
         """Sends those of the actions `ids` that are still pending; adds the documents that are not there to `missing`.
@@ -243,14 +244,6 @@ class ElasticsearchIndex(ElasticsearchSearch):
                 raise _translate_error(error, self._connection, self._name) from None
 
         return self._retried(attempt)
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The items of a batch that are stored, and the error that stopped the rest."""
-
-    items: list[Document | MetadataUpdate]
-    error: ImageSearchError | None
 
 
 def _translate_error(error: ApiError | TransportError, connection: Connection, index: str) -> Exception:

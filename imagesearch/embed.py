@@ -48,9 +48,9 @@ def embed_images(
             return []
         with source.open_images([candidate.image for candidate in chunk]) as opened:
             pairs = list(zip(chunk, opened, strict=True))
-            known = embedder.find_known(image for candidate, image in pairs if not _is_unchanged(candidate, image))
+            copies = embedder.find_copies(image for candidate, image in pairs if not _is_unchanged(candidate, image))
             with embedder.cpu_slots:
-                return [_document(candidate, image, embedder, known) for candidate, image in pairs]
+                return [_document(candidate, image, embedder, copies) for candidate, image in pairs]
 
     size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // workers))
     chunks = make_chunks(candidates, size, cpus, lambda candidate: candidate.image.size, CHUNK_BYTES)
@@ -64,7 +64,7 @@ def embed_images(
 
 
 def _document(
-    candidate: Candidate, opened: OpenedImage | Unreadable, embedder: "Embedder", known: dict[str, Embedding]
+    candidate: Candidate, opened: OpenedImage | Unreadable, embedder: "Embedder", copies: dict[str, Embedding]
 ) -> Document | MetadataUpdate | Unreadable:
     """Returns what is to be written for an image."""
     if isinstance(opened, Unreadable):
@@ -72,11 +72,10 @@ def _document(
     image = replace(candidate.image, size=opened.size, mtime=opened.mtime)
     if _is_unchanged(candidate, opened):
         return MetadataUpdate(image)
-    copy = embedder.find(opened, known)
-    embedding = embedder.compute(opened) if copy is None else copy
+    embedding, is_copy = embedder.embed(opened, copies)
     if isinstance(embedding, Unreadable):
         return embedding
-    return Document(image, opened.sha256, embedding, candidate.indexed is not None, is_copy=copy is not None)
+    return Document(image, opened.sha256, embedding, candidate.indexed is not None, is_copy)
 
 
 def _is_unchanged(candidate: Candidate, opened: OpenedImage | Unreadable) -> bool:
@@ -100,7 +99,7 @@ class Embedder:
         self._recent: OrderedDict[str, Embedding] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find_known(self, images: Iterable[OpenedImage | Unreadable]) -> dict[str, Embedding]:
+    def find_copies(self, images: Iterable[OpenedImage | Unreadable]) -> dict[str, Embedding]:
         """Returns the embeddings of those contents that the index has, by SHA-256."""
         sha256s = {image.sha256 for image in images if isinstance(image, OpenedImage)}
         sha256s = {sha256 for sha256 in sha256s if sha256 not in self._recent}
@@ -108,27 +107,26 @@ class Embedder:
             return self._index.find_embeddings(sorted(sha256s)) if sha256s else {}
         return {}
 
-    def find(self, image: OpenedImage, known: dict[str, Embedding]) -> Embedding | None:
-        """Returns the embedding of the image's content if it is in `known`, or was made lately."""
-        with self._lock:
-            return known.get(image.sha256, self._recent.get(image.sha256))
-
-    def compute(self, image: OpenedImage) -> Embedding | Unreadable:
-        """Returns the image's embedding, made now, or why it cannot be made.
+    def embed(self, image: OpenedImage, copies: dict[str, Embedding]) -> tuple[Embedding | Unreadable, bool]:
+        """Returns the image's embedding, or why there is none, and whether it is a copy: in `copies`, or made lately.
 
         Raises ImageSearchError if the model cannot be loaded.
         """
+        with self._lock:
+            copy = copies.get(image.sha256, self._recent.get(image.sha256))
+        if copy is not None:
+            return copy, True
         try:
             embedding = _embed(image, self._load_model())
         except ImageSearchError:
             raise
         except Exception as error:  # Pillow raises nearly anything for a damaged file
-            return Unreadable(image.name, describe_error(error))
+            return Unreadable(image.name, describe_error(error)), False
         with self._lock:
             self._recent[image.sha256] = embedding
             if len(self._recent) > RECENT_SIZE:
                 self._recent.popitem(last=False)
-        return embedding
+        return embedding, False
 
     def _load_model(self) -> Model:
         """Returns the model, loaded once; raises the same error each time if it cannot be."""

@@ -1,6 +1,7 @@
 """Bounded parallel map, batches, available CPUs, and a limit on memory."""
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -22,17 +23,9 @@ def map_buffered(
     ``Executor.map`` has a `buffersize` of its own from Python 3.14 on.
     """
     pending: deque[Future[T]] = deque()
-    error: Exception | None = None
-    iterator = iter(items)
+    errors: list[Exception] = []
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            except Exception as of_items:  # what was submitted before is still yielded
-                error = of_items
-                break
+        for item in _until_error(items, errors):
             pending.append(executor.submit(function, item))
             if len(pending) >= buffersize:
                 yield pending.popleft().result()
@@ -41,8 +34,16 @@ def map_buffered(
     finally:  # the consumer may stop early
         for future in pending:
             future.cancel()
-    if error:
-        raise error
+    if errors:
+        raise errors[0]
+
+
+def _until_error(items: Iterable[Item], errors: list[Exception]) -> Iterator[Item]:
+    """Yields `items`; what they raise is added to `errors`, to be raised after what came before it is dealt with."""
+    try:
+        yield from items
+    except Exception as error:
+        errors.append(error)
 
 
 def batch_until_error(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -63,18 +64,15 @@ def make_chunks(
     2 * workers * size items are read ahead. A list of several items weighs at
     most `max_weight`. What `items` raises is raised after the items before it.
     """
-    iterator = iter(items)
+    errors: list[Exception] = []
+    iterator = _until_error(items, errors)
     ahead: deque[Item] = deque()
-    error: Exception | None = None
     is_last = False
     while True:
-        while not is_last and len(ahead) < max(1, 2 * workers) * size:
-            try:
-                ahead.append(next(iterator))
-            except StopIteration:
-                is_last = True
-            except Exception as of_items:
-                error, is_last = of_items, True
+        if not is_last:
+            wanted = max(1, 2 * workers) * size
+            ahead.extend(itertools.islice(iterator, wanted - len(ahead)))
+            is_last = len(ahead) < wanted
         if not ahead:
             break
         count = max(1, min(size, len(ahead) // (2 * workers))) if is_last and workers else size
@@ -84,8 +82,8 @@ def make_chunks(
             chunk.append(ahead.popleft())
             total += more
         yield chunk
-    if error:
-        raise error
+    if errors:
+        raise errors[0]
 
 
 def start_thread(function: Callable[[], T]) -> "Future[T]":

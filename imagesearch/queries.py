@@ -37,10 +37,11 @@ def embed_queries(
     def embed_chunk(chunk: Sequence[str]) -> list[Query]:
         with contextlib.ExitStack() as stack:
             opened = [_open(query, open_query, stack) for query in chunk]
-            known = embedder.find_known(opened)
+            copies = embedder.find_copies(opened)
             with embedder.cpu_slots:
                 return [
-                    Query(query, _embed(image, embedder, known)) for query, image in zip(chunk, opened, strict=True)
+                    Query(query, image if isinstance(image, Unreadable) else embedder.embed(image, copies)[0])
+                    for query, image in zip(chunk, opened, strict=True)
                 ]
 
     # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
@@ -56,10 +57,3 @@ def _open(query: str, open_query: OpenQuery, stack: contextlib.ExitStack) -> Ope
         return stack.enter_context(open_query(query))
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         return Unreadable(query, describe_error(error))
-
-
-def _embed(image: OpenedImage | Unreadable, embedder: Embedder, known: dict[str, Embedding]) -> Embedding | Unreadable:
-    if isinstance(image, Unreadable):
-        return image
-    copy = embedder.find(image, known)
-    return embedder.compute(image) if copy is None else copy

@@ -51,8 +51,8 @@ class Retry:
         self._lock = threading.Lock()
 
     def request_timeout(self, seconds: float) -> float:
-        """Returns how long to wait for an answer: `seconds`, less if the time limit is shorter, but at least 5."""
-        return max(5, min(seconds, self._timeout_seconds)) if self._timeout_seconds else seconds
+        """Returns how long to wait for an answer: `seconds`, or the time limit if it is shorter, but at least 5."""
+        return min(seconds, max(5, self._timeout_seconds)) if self._timeout_seconds else seconds
 
     @property
     def is_outage(self) -> bool:

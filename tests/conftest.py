@@ -200,6 +200,7 @@ def all_nodes_run(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+@slow
 def proxy(server: Server) -> Iterator[TcpProxy]:
     """A proxy in front of Elasticsearch, for an outage."""
     with TcpProxy(urlsplit(server.url).port or 0) as proxy:
@@ -264,16 +265,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, s
 
 
 @pytest.fixture
+@slow
 def bucket(s3: S3) -> Bucket:
     return Bucket(s3, f"test-{uuid.uuid4()}")
 
 
 @pytest.fixture
+@slow
 def memory_bucket(memory_s3: S3) -> Bucket:
     return Bucket(memory_s3, f"test-{uuid.uuid4()}")
 
 
 @pytest.fixture
+@slow
 def on_s3(scripts: Scripts, s3: S3) -> Scripts:
     """The scripts on each kind of index, with the S3 server's credentials."""
     scripts.environment |= s3.environment
@@ -281,6 +285,7 @@ def on_s3(scripts: Scripts, s3: S3) -> Scripts:
 
 
 @pytest.fixture
+@slow
 def local_s3(local: Scripts, s3: S3) -> Scripts:
     local.environment |= s3.environment
     return local
@@ -295,6 +300,7 @@ def web() -> Iterator[str]:
 
 
 @pytest.fixture
+@slow
 def indexed(local: Scripts) -> Scripts:
     """An index with one image, which every query that can be read finds."""
     (local.folder / "images").mkdir()
@@ -304,6 +310,7 @@ def indexed(local: Scripts) -> Scripts:
 
 
 @pytest.fixture
+@slow
 def counting(scripts: Scripts) -> Scripts:
     """The scripts with a model that counts its calls."""
     calls = scripts.folder / "calls"

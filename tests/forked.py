@@ -20,6 +20,8 @@ LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "
 LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec", "tqdm"]
 LIBRARIES += [f"PIL.{plugin}" for plugin in PIL._plugins]
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as imagesearch/start.py does, before numpy is imported
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
 
@@ -33,12 +35,14 @@ def run(
         process = _context.Process(target=_run_script, args=(list(arguments), folder, dict(environment), paths))
         process.start()
         process.join(timeout)
-        if process.exitcode is None:
+        code = process.exitcode
+        if code is None:
             process.kill()
+            process.join()
         texts = [path.read_text() if path.exists() else "" for path in paths]
-        if process.exitcode is None:
+        if code is None:
             raise subprocess.TimeoutExpired(list(arguments), timeout, *texts)
-        return subprocess.CompletedProcess(list(arguments), process.exitcode, *texts)
+        return subprocess.CompletedProcess(list(arguments), code, *texts)
 
 
 def _run_script(arguments: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:
@@ -49,5 +53,5 @@ def _run_script(arguments: list[str], folder: Path, environment: dict[str, str],
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = arguments
-    sys.path[0] = os.path.dirname(arguments[0])
+    sys.path.insert(0, os.path.dirname(arguments[0]))
     runpy.run_path(arguments[0], run_name="__main__")

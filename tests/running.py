@@ -123,7 +123,7 @@ def counting(self, pixels):
 models.Thumbnail.embed = counting
 """
 
-MANY = 2000  # images in `many_images`
+MANY = 2500  # images in `many_images`
 
 KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
 COUNTS = re.compile(

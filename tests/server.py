@@ -289,7 +289,7 @@ class Cluster:
 class S3:
     """A real S3 server with signatures: S3Proxy, from Maven Central. A context manager, like `Cluster`.
 
-    Objects are on disk, and survive `kill` and `start`; with `in_memory`, keys may be what no file name can.
+    Objects are on disk; with `in_memory`, their keys may be what no file name can.
     """
 
     IDENTITY, CREDENTIAL = "local-identity", "local-SECRET"

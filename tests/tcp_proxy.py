@@ -52,13 +52,13 @@ class _Handler(socketserver.BaseRequestHandler):
     server: _Server
 
     def handle(self) -> None:
+        self.server.connections.add(self.request)  # whose end, at an outage, ends the one behind it
         with socket.create_connection(("127.0.0.1", self.server.server_port)) as upstream:
-            self.server.connections |= {self.request, upstream}
             thread = threading.Thread(target=_pass_on, args=[upstream, self.request])
             thread.start()
             _pass_on(self.request, upstream)
             thread.join()
-            self.server.connections -= {self.request, upstream}
+        self.server.connections.discard(self.request)
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:

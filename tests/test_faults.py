@@ -19,7 +19,7 @@ import pytest
 
 from imagesearch import elasticsearch_index, retry, sqlite_index
 from imagesearch.connection import Connection
-from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.elasticsearch_index import BULK_REQUESTS, BULK_SIZE, ElasticsearchIndex
 from imagesearch.interrupt import Interrupt
 from imagesearch.records import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
 from imagesearch.retry import Retry
@@ -230,7 +230,7 @@ def test_an_index_that_is_replaced_during_a_run_ends_it(elastic: Scripts, server
     assert "was deleted during the run" in stderr or "no longer points to the index" in stderr
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts: Scripts, picture: Picture) -> None:
     for number in range(20):
         picture(f"images/{number}.png", seed=number)
@@ -341,7 +341,7 @@ def test_ctrl_c_writes_what_is_embedded_even_if_stderr_is_closed(local: Scripts,
 def test_an_interruption_ends_the_retries(elastic: Scripts, many_images: Path, proxy: TcpProxy) -> None:
     elastic.folder = many_images
     process = elastic.start("create.py", "--model", "thumbnail", ES_URL=behind(proxy, elastic))
-    wait_until(lambda: count(elastic) > 400)  # what was not confirmed before the outage is not counted
+    wait_until(lambda: count(elastic) > BULK_REQUESTS * BULK_SIZE)  # so the first are confirmed
     proxy.stop()
     read_until(process, "Retrying in 4 s")
     started = time.monotonic()
@@ -350,7 +350,7 @@ def test_an_interruption_ends_the_retries(elastic: Scripts, many_images: Path, p
     assert code == 130, stderr
     assert time.monotonic() - started < 3  # the 4 s are cut short
     assert "Retrying" not in stderr  # after the one that was read
-    assert 200 < counts(stderr)["new"] < MANY
+    assert 0 < counts(stderr)["new"] < MANY
 
 
 def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(local: Scripts, many_images: Path) -> None:

@@ -143,3 +143,10 @@ def test_a_guard_keeps_what_is_no_url_out_of_es_url() -> None:
         command = f'ES_URL="$1"; {guard}; echo "${{ES_URL-unset}}"'
         shown = subprocess.run(["bash", "-c", command, "", value], stdout=subprocess.PIPE, text=True, check=True).stdout
         assert shown.splitlines()[-1] == (value if kept else "unset")
+
+
+def test_examples_of_curl_fail_with_the_body() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in path.read_text().splitlines():
+            if re.match(r"(\s*|.*&& )curl ", line) and "localhost" not in line:
+                assert "--fail-with-body" in line, (path, line)

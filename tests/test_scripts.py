@@ -18,11 +18,11 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from imagesearch.records import PREPROCESSING
+from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
 from tests.certificates import CA
 from tests.http_servers import RecordingServer
 from tests.pictures import Picture, averaging_model, image, png
-from tests.running import Scripts, counts, hits, summary
+from tests.running import Scripts, counts, hits, open_scripts_index, summary
 from tests.server import ROOT, Server
 
 
@@ -432,14 +432,12 @@ def test_an_index_that_is_not_ours_is_refused_and_left_alone(
     assert "not made by this version of create.py" in one_line(elastic, birds)
 
 
-def test_vectors_of_another_preprocessing_are_refused(
-    scripts: Scripts, birds: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripts.create()
-    site = scripts.folder / "sitecustomize.py"
-    site.write_text(f"import imagesearch.models as m\nm.PREPROCESSING = {PREPROCESSING + 1}\n")
-    path = os.pathsep.join([str(scripts.folder), str(Path(__file__).parent.parent)])
-    assert "another version of create.py, whose embeddings differ" in scripts.create(code=2, PYTHONPATH=path)
+def test_vectors_of_another_preprocessing_are_refused(scripts: Scripts, birds: list[Path]) -> None:
+    other = ModelInfo("thumbnail", preprocessing=PREPROCESSING + 1)
+    with open_scripts_index(scripts, scripts.folder) as index:
+        index.create(IndexMetadata(other, str(scripts.folder)))
+    refused = "another version of create.py, whose embeddings differ"
+    assert refused in scripts.create(code=2) and refused in scripts.run("search.py", birds[0]).stderr
 
 
 def test_a_search_imports_only_what_it_needs(scripts: Scripts, birds: list[Path]) -> None:

@@ -25,7 +25,7 @@ def terraform(*arguments: str, folder: Path = FOLDER) -> "subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def initialised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of terraform/ with the provider installed: the registry's, or that of `TERRAFORM_PLUGIN_DIR`."""
     if not shutil.which("terraform"):
         pytest.skip("there is no terraform on the PATH: install it (https://developer.hashicorp.com/terraform/install)")
@@ -52,13 +52,13 @@ def test_it_is_formatted() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_it_is_valid(initialised: Path) -> None:
-    done = terraform("validate", folder=initialised)
+def test_it_is_valid(initialized: Path) -> None:
+    done = terraform("validate", folder=initialized)
     assert done.returncode == 0, done.stderr
 
 
-def test_its_own_tests_pass(initialised: Path) -> None:
-    done = terraform("test", folder=initialised)
+def test_its_own_tests_pass(initialized: Path) -> None:
+    done = terraform("test", folder=initialized)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"Success! (\d+) passed, 0 failed", done.stdout)
     assert passed
@@ -74,9 +74,9 @@ def test_its_own_tests_pass(initialised: Path) -> None:
         ("Hunter2/hunter2x", "may have only letters A-Z and a-z, digits, - and _"),
     ],
 )
-def test_a_refused_password_fails_at_plan_time_and_is_not_shown(password: str, rule: str, initialised: Path) -> None:
+def test_a_refused_password_fails_at_plan_time_and_is_not_shown(password: str, rule: str, initialized: Path) -> None:
     variables = ["-var=ibmcloud_api_key=key", "-var=region=eu-de", f"-var=elastic_password={password}"]
-    done = terraform("plan", "-input=false", *variables, folder=initialised)
+    done = terraform("plan", "-input=false", *variables, folder=initialized)
     assert done.returncode == 1
     stderr = " ".join(done.stderr.replace("│", "").split())
     assert f"elastic_password {rule}" in stderr
