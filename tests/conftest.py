@@ -34,6 +34,7 @@ from tests.server import (
     Cluster,
     Server,
     cluster,
+    newest_release,
     s3_server,
     unavailable,
 )
@@ -77,11 +78,12 @@ def elasticsearch() -> Iterator[Server]:
 SERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "server": elasticsearch,
     "s3": s3_server,
-    # A server to kill; it takes one bulk at a time for one shard and lets one more wait.
-    "fragile_server": lambda: cluster(1, thread_pool__write__size=1, thread_pool__write__queue_size=1),
+    # It takes one bulk at a time for one shard and lets one more wait.
+    "fragile_server": lambda: cluster(
+        1, release=newest_release(), thread_pool__write__size=1, thread_pool__write__queue_size=1
+    ),
     "memory_s3": lambda: s3_server(in_memory=True),
     "three_nodes": lambda: cluster(3),
-    "elasticsearch_9": lambda: cluster(1, release="9.2.0"),
 }
 SHARED = ("server", "s3")  # by all workers
 # The groups of tests that run on one worker, by what they share.
@@ -181,7 +183,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 @slow
 def fragile_server() -> Iterator[Cluster]:
-    """Elasticsearch to kill."""
+    """Elasticsearch to kill: 9.2 where a JDK 21 or newer is found, else 8.19."""
     yield from started("fragile_server")
 
 
@@ -205,13 +207,6 @@ def proxy(server: Server) -> Iterator[TcpProxy]:
     """A proxy in front of Elasticsearch, for an outage."""
     with TcpProxy(urlsplit(server.url).port or 0) as proxy:
         yield proxy
-
-
-@pytest.fixture(scope="session")
-@slow
-def elasticsearch_9() -> Iterator[Cluster]:
-    """Elasticsearch 9.2, where a JDK 21 or newer is found."""
-    yield from started("elasticsearch_9")
 
 
 @pytest.fixture

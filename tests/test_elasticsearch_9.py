@@ -9,8 +9,10 @@ from tests.running import count, counts, embeddings, scripts_on
 from tests.server import Cluster
 
 
-def test_elasticsearch_9_serves_as_8_does(elasticsearch_9: Cluster, tmp_path: Path, picture: Picture) -> None:
-    scripts = scripts_on(elasticsearch_9, tmp_path, tmp_path)
+def test_elasticsearch_9_serves_as_8_does(fragile_server: Cluster, tmp_path: Path, picture: Picture) -> None:
+    if not fragile_server.release.startswith("9"):
+        pytest.skip("there is no JDK 21 or newer here; that leaves Elasticsearch 9 untested")
+    scripts = scripts_on(fragile_server, tmp_path, tmp_path)
     for number in range(50):
         picture(f"images/{number % 5}/{number}.png", seed=number)
     assert counts(scripts.create()) == {"new": 50}
