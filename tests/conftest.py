@@ -25,6 +25,7 @@ from tests.http_servers import Hub, Web, serving
 from tests.pictures import Picture, averaging_model, image, png
 from tests.running import COUNTING, MANY, Scripts, environment, wait_until
 from tests.server import (
+    FETCH_SECONDS,
     FEWER,
     ROLES,
     ROOT,
@@ -137,7 +138,7 @@ def started(name: str) -> Iterator[Any]:
     """Yields a server as soon as it has started, and ends it unless it is shared with other workers."""
     if name in SHARED and HANDED_OVER in os.environ:
         path = Path(os.environ[HANDED_OVER], name)
-        wait_until(path.exists, 2 * START_SECONDS)
+        wait_until(path.exists, FETCH_SECONDS + 2 * START_SECONDS)
         server = pickle.loads(path.read_bytes())
         if isinstance(server, str):
             unavailable(server)

@@ -7,6 +7,7 @@ most modules (`GET /` is not served, API keys are not kept). Needs Maven and a J
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import http.client
@@ -40,6 +41,7 @@ BUILD.mkdir(exist_ok=True)
 GROUP = "org.elasticsearch.distribution.integ-test-zip"
 USER, PASSWORD = "admin", "p@ss/w:rd 100%"  # which a URL must percent-encode
 START_SECONDS = 120
+FETCH_SECONDS = 600
 # As it was at first: servers start on another thread while tests change it, and a child that inherits it then may find
 # none ("Bad address").
 ENVIRONMENT = dict(os.environ)
@@ -86,13 +88,16 @@ def version(home: Path) -> int:
 
 
 def artifact(coordinates: str, path: Path) -> Path:
-    """Returns `path`, an artifact of Maven Central that is fetched once with Maven."""
+    """Returns `path`, an artifact of Maven Central that is fetched once with Maven, by one process at a time."""
     if path.exists():
         return path
     maven = shutil.which("mvn")
     if not maven:
         raise UnavailableError("no Maven to fetch the tests' servers with: install it (Debian: apt-get install maven)")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with (BUILD / "maven.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
         command = [maven, "-q", "-B", "dependency:copy", f"-Dartifact={coordinates}", f"-DoutputDirectory={folder}"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         if done.returncode:
