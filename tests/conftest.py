@@ -335,7 +335,10 @@ def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next(filter(None, map(shutil.which, names)), None)
     if not found:
-        unavailable("there is no Chromium on the PATH: install it (Debian: apt-get install chromium)")
+        unavailable(
+            "there is no Chromium on the PATH: install it (Debian: apt-get install chromium); that leaves how the page"
+            " looks untested"
+        )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield browser

@@ -250,7 +250,10 @@ def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see when the script has begun")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="needs /proc to see when the script has begun; that leaves Ctrl-C at random moments untested",
+)
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
 def test_ctrl_c_at_any_moment_ends_without_a_traceback(script: str, local: Scripts, picture: Picture) -> None:
     for number in range(300):
@@ -286,7 +289,7 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     ended, stderr = end(process, seconds=20)
     written = counts(stderr).get("new", 0)
     if written == MANY:
-        pytest.skip("this machine was done before it could be interrupted")
+        pytest.skip("this machine was done before it could be interrupted; that leaves the interruption untested")
     assert ended == code, stderr
     assert counts(scripts.create(*arguments)) == {"new": MANY - written} | ({"unchanged": written} if written else {})
 
@@ -317,7 +320,7 @@ def test_a_doubled_signal_is_one(local: Scripts, many_images: Path) -> None:
         process.send_signal(signal.SIGINT)
     code, stderr = end(process)
     if code == 0:
-        pytest.skip("this machine was done before it could be interrupted")
+        pytest.skip("this machine was done before it could be interrupted; that leaves the interruption untested")
     assert code == 130, stderr
     assert stderr.count("Interrupted") == 1
     assert counts(stderr)["new"] == rows(home / "index.db")
@@ -477,7 +480,9 @@ def test_a_read_only_index_can_be_searched(local: Scripts, picture: Picture) -> 
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c", f"{mount} || exit 99; {search}"]
     done = subprocess.run(command, env=local.environment, capture_output=True, text=True, check=False)
     if done.returncode == 99 or "unshare" in done.stderr:
-        pytest.skip(f"no read-only mount can be made here ({done.stderr.strip()})")
+        pytest.skip(
+            f"no read-only mount can be made here ({done.stderr.strip()}); that leaves a read-only disk untested"
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
 

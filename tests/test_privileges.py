@@ -18,7 +18,7 @@ from tests.server import FEWER, ROLES, ROOT, Server
 def as_role(server: Server) -> dict[str, Any]:
     """The environment of each role's user."""
     if not server.urls:
-        pytest.skip("the server of TEST_ES_URL has no users of the tests' roles")
+        pytest.skip("the server of TEST_ES_URL has no users of the tests' roles; that leaves privileges untested")
     return {role: {"ES_URL": url} for role, url in server.urls.items()}
 
 

@@ -59,7 +59,10 @@ def hash_of(name: str, number: int) -> int:
 def recipes(scripts: Scripts) -> Scripts:
     """The scripts in a folder where the commands of the recipes work as they stand."""
     if not shutil.which("jq"):
-        unavailable("there is no jq on the PATH, which the recipes need: install it (Debian: apt-get install jq)")
+        unavailable(
+            "there is no jq on the PATH, which the recipes need: install it (Debian: apt-get install jq);"
+            " that leaves docs/recipes.md untested"
+        )
     for name in ("create.py", "search.py", "imagesearch"):
         (scripts.folder / name).symlink_to(ROOT / name)
     (scripts.folder / "bin").mkdir()

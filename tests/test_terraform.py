@@ -10,6 +10,7 @@ import pytest
 
 from tests.server import ROOT
 
+UNTESTED = "that leaves the database's definition untested"
 FOLDER = ROOT / "terraform"
 THREE = {"ibmcloud_api_key", "region", "elastic_password"}
 
@@ -28,7 +29,7 @@ def terraform(*arguments: str, folder: Path = FOLDER) -> "subprocess.CompletedPr
 def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of terraform/ with the provider installed: the registry's, or that of `TERRAFORM_PLUGIN_DIR`."""
     if not shutil.which("terraform"):
-        pytest.skip("there is no terraform on the PATH: install it (https://developer.hashicorp.com/terraform/install)")
+        pytest.skip(f"there is no terraform on the PATH: install it; {UNTESTED}")
     copy = tmp_path_factory.mktemp("terraform") / "terraform"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars"))
     plugins = os.environ.get("TERRAFORM_PLUGIN_DIR")
@@ -40,14 +41,14 @@ def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         why = re.search(r"Error: (.+)", done.stderr)
         pytest.skip(
             f"Terraform could not install the provider IBM-Cloud/ibm ({why[1] if why else done.returncode}):"
-            " go online, or set TERRAFORM_PLUGIN_DIR to a folder that has it"
+            f" go online, or set TERRAFORM_PLUGIN_DIR to a folder that has it; {UNTESTED}"
         )
     return copy
 
 
 def test_it_is_formatted() -> None:
     if not shutil.which("terraform"):
-        pytest.skip("there is no terraform on the PATH: install it (https://developer.hashicorp.com/terraform/install)")
+        pytest.skip(f"there is no terraform on the PATH: install it; {UNTESTED}")
     done = terraform("fmt", "-check", "-recursive")
     assert done.returncode == 0, done.stdout
 
