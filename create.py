@@ -86,12 +86,12 @@ def find_changed(
     for batch in batch_until_error(interrupt.until_interrupted(images), BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
         for image in batch:
-            metadata = indexed.get(image.id)
-            if metadata and metadata.is_of(image):
+            known = indexed.get(image.id)
+            if known and known.matches(image):
                 progress.count_unchanged()
             else:
                 progress.start_embedding()
-                yield Candidate(image, metadata)
+                yield Candidate(image, known)
 
 
 def delete_gone(

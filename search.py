@@ -52,7 +52,7 @@ def main() -> int:
         with closing(queries), closing(search_all(queries, index, arguments)) as results:  # before the index is closed
             for result in results:
                 console.write_line(json.dumps(result.response, ensure_ascii=False))
-                code |= report(result)
+                code |= say_result(result)
                 if page:
                     page.add(result.query, result.response)
         if page and page.write():
@@ -85,7 +85,10 @@ def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespa
 
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
-    """Returns a function that loads the index's model: at once if ``--model`` is given, so that it is checked."""
+    """Returns a function that returns the index's model, which it loads when it is first called.
+
+    If ``--model`` is given, the model is loaded here, so that a wrong one is reported first.
+    """
     if not arguments.model:
         return lambda: load_index_model(info, None, len(arguments.image))
     model = load_index_model(info, arguments.model, len(arguments.image))
@@ -119,8 +122,6 @@ def is_complete(result: Result) -> bool:
 
 def explain_no_hits(index: Index, arguments: argparse.Namespace) -> None:
     """Raises UsageError if the index is empty, ImageSearchError if it has no such class."""
-    if arguments.desc is None and arguments.min_score is not None:
-        return
     classes = index.list_classes()
     if not classes:
         raise UsageError(f"The index {arguments.index} is empty: fill it with create.py.")
@@ -143,7 +144,7 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def report(result: Result) -> int:
+def say_result(result: Result) -> int:
     """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # which shows it already

@@ -28,10 +28,11 @@ def model_sha256(path: Path) -> str:
         files = [Path(name) for name, *_ in record["files"]]
         if files[0] == path and record["files"] == [_identity(file) for file in files]:
             return str(record["sha256"])
-    names = [path.name, *_external_data(path)]
-    hashes = [file_sha256(path.parent / name) for name in names]
-    sha256 = hashes[0] if len(names) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    record = {"files": [_identity(path.parent / name) for name in names], "sha256": sha256}
+    files = [path.parent / name for name in (path.name, *_external_data(path))]
+    identities = [_identity(file) for file in files]  # first: a file that is replaced meanwhile is hashed again
+    hashes = [file_sha256(file) for file in files]
+    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    record = {"files": identities, "sha256": sha256}
     with contextlib.suppress(OSError), atomic_write(remembered) as temporary:  # without a cache, it is hashed each time
         temporary.write_text(json.dumps(record))
     return sha256

@@ -49,6 +49,8 @@ class Connection:
         api_key = environ.get("ES_API_KEY") or None
         if api_key and username:
             raise UsageError("ES_API_KEY is set, and ES_URL has a user and password too: use one of the two.")
+        if password is not None and not username:
+            raise UsageError(f"ES_URL has a password but no user. It must look like {URL_FORMAT}.")
         if username and password is None:
             raise UsageError(f"ES_URL has a user but no password. It must look like {URL_FORMAT}.")
         if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):

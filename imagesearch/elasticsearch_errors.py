@@ -110,7 +110,7 @@ def parse_response(response: requests.Response, host: str, connection: Connectio
     except ValueError:
         body = None
     if response.status_code == 403 and isinstance(body, dict) and "error" in body:  # without the product header
-        raise UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}. {PRIVILEGES_HINT}")
+        raise UsageError(f"{host} denied access (HTTP 403): {error_reason(body)}.{hint(body)}")
     if response.headers.get("X-Elastic-Product") != "Elasticsearch" or not isinstance(body, dict):
         behavior = (
             f"answered HTTP {response.status_code} with {response.headers.get('Content-Type', 'no content type')}"

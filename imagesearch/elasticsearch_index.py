@@ -1,4 +1,4 @@
-"""The index on Elasticsearch, written with its Python client.
+"""The index on Elasticsearch, written with its Python client, which spreads requests over the live nodes.
 
 Not with the client's ``helpers.streaming_bulk``: it limits how often it retries, not for how long, cannot be
 interrupted, and has no way to tell the user.

@@ -213,7 +213,7 @@ def _open_session(connection: Connection) -> requests.Session:
     session.trust_env = False  # no .netrc and no proxies: the client reads neither
     session.headers.update(connection.headers)
     if context := connection.ssl_context():
-        session.verify = connection.ca_certs or True
+        session.verify = connection.ca_certs
         session.mount("https://", _SSLContextAdapter(context))
     else:
         session.mount(connection.hosts[0].partition(":")[0] + "://", HTTPAdapter(pool_maxsize=MAX_SEARCHES))

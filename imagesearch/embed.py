@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from imagesearch.errors import ImageSearchError, describe_error
-from imagesearch.files import max_open_files
+from imagesearch.files import raise_open_file_limit
 from imagesearch.images import open_rgb
 from imagesearch.index import Index
 from imagesearch.interrupt import Interrupt
@@ -52,7 +52,7 @@ def embed_images(
             with embedder.cpu_slots:
                 return [_document(candidate, image, embedder, copies) for candidate, image in pairs]
 
-    size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // workers))
+    size = max(1, min(CHUNK_SIZE, raise_open_file_limit() // 2 // workers))
     chunks = make_chunks(candidates, size, cpus, lambda candidate: candidate.image.size, CHUNK_BYTES)
     with ThreadPoolExecutor(workers) as pool:
         for results in map_buffered(pool, embed_chunk, chunks, workers + cpus):

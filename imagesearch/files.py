@@ -50,11 +50,8 @@ def file_sha256(path: Path) -> str:
         return stream_sha256(file)
 
 
-def max_open_files() -> int:
-    """Returns how many files this process may open, after raising its limit as far as it may.
-
-    macOS allows 256 at first.
-    """
+def raise_open_file_limit() -> int:
+    """Raises the number of files that this process may open to 4096, if it may; returns it. macOS begins with 256."""
     try:
         import resource  # not on Windows
     except ImportError:

@@ -55,6 +55,6 @@ def _download() -> Path:
         raise ImageSearchError(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): connect to the internet"
             f" and run the command again, or use --model FILE with a copy of imgbeddings' {FILE_NAME}. To try the"
-            " scripts only, with a toy in place of CLIP: create.py --model thumbnail --index tryout, then search.py"
+            " scripts with a baseline in place of CLIP: create.py --model thumbnail --index tryout, then search.py"
             " --index tryout."
         ) from None

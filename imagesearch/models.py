@@ -98,7 +98,8 @@ def check_compatible(recorded: ModelInfo, model: ModelInfo) -> None:
     """Raises UsageError unless embeddings of the model recorded in an index and of `model` can be compared."""
     check_version(recorded)
     if not recorded.is_compatible(model):
+        difference = "it has changed" if model.name == recorded.name else f"{quote_path(model.name)} is another model"
         raise UsageError(
-            f"The index was made with --model {quote_path(recorded.name)}, and {quote_path(model.name)} is another"
-            " model: use the same model, or another index with --index."
+            f"The index was made with --model {quote_path(recorded.name)}, and {difference}: use the same model, or"
+            " another index with --index."
         )

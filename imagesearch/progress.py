@@ -126,13 +126,19 @@ class Progress:
             self._next_line = time.monotonic() + LINE_INTERVAL_SECONDS
             self.say(self._status())
 
+    @property
+    def _embedded(self) -> int:
+        return self.new + self.updated - self.copied
+
+    def _embedding_seconds(self) -> float:
+        return 0.0 if self._embedding_started is None else time.monotonic() - self._embedding_started
+
     def _status(self) -> str:
         """Returns the count, and the rate and time left of what is embedded; short enough for 39 columns."""
         status = f"{self.done:,}" + (f"/{self._total:,}" if self._total is not None else " images")
-        seconds = 0.0 if self._embedding_started is None else time.monotonic() - self._embedding_started
-        embedded = self.new + self.updated - self.copied
-        if seconds >= ESTIMATE_AFTER_SECONDS and embedded:
-            rate = embedded / seconds
+        seconds = self._embedding_seconds()
+        if seconds >= ESTIMATE_AFTER_SECONDS and self._embedded:
+            rate = self._embedded / seconds
             status += f", {rate:.0f}/s"
             if self._total is not None and self._total > self.done:
                 # Images that are not looked at yet may turn out to be unchanged: this is an upper bound.
@@ -142,8 +148,7 @@ class Progress:
     def summary(self) -> str:
         """Returns the counts of the whole run; those that are 0 are left out, but for the new ones."""
         seconds = time.monotonic() - self._started
-        embedded = self.new + self.updated - self.copied
-        rate = f" ({embedded / seconds:.1f} images/s embedded)" if embedded else ""
+        rate = f" ({self._embedded / self._embedding_seconds():.1f} images/s embedded)" if self._embedded else ""
         known = f" ({self.copied:,} with a known embedding)" if self.copied else ""
         counts = [f"{self.new:,} new" + ("" if self.updated else known)]
         if self.updated:
@@ -155,9 +160,11 @@ class Progress:
 
     def _skipped_kinds(self) -> str:
         """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""
+        total = self._skipped.total()
+        del self._skipped["other"]
         shown = self._skipped.most_common(KINDS_SHOWN)
         kinds = [f"{number:,} {quote_path(kind) if kind.startswith('.') else kind}" for kind, number in shown]
-        if others := self._skipped.total() - sum(number for _, number in shown):
+        if others := total - sum(number for _, number in shown):
             kinds.append(f"{others:,} other")
         return f"; skipped: {', '.join(kinds)}" if kinds else ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from imagesearch.embed import CHUNK_SIZE, Embedder
 from imagesearch.errors import describe_error
-from imagesearch.files import max_open_files
+from imagesearch.files import raise_open_file_limit
 from imagesearch.index import Index
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, make_chunks, map_buffered
@@ -45,7 +45,7 @@ def embed_queries(
                 ]
 
     # What is kept in memory is a chunk of its own: chunks that hold some and wait for room would wait for each other.
-    size = max(1, min(CHUNK_SIZE, max_open_files() // 2 // QUERY_READERS))
+    size = max(1, min(CHUNK_SIZE, raise_open_file_limit() // 2 // QUERY_READERS))
     chunks = make_chunks(queries, size, QUERY_READERS, lambda query: 0 if is_path(query) else 1)
     with ThreadPoolExecutor(QUERY_READERS) as pool:
         for embedded in map_buffered(pool, embed_chunk, chunks, QUERY_READERS + 1):

@@ -86,7 +86,7 @@ class FileMetadata:
     mtime: int
     sha256: str
 
-    def is_of(self, image: ImageFile) -> bool:
+    def matches(self, image: ImageFile) -> bool:
         """Returns True if the file's size and mtime are these, so that its content is taken to be unchanged."""
         return (self.size, self.mtime) == (image.size, image.mtime)
 

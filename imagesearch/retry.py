@@ -56,7 +56,7 @@ class Retry:
 
     @property
     def is_outage(self) -> bool:
-        """True if the last call of a service failed."""
+        """True while a service has not recovered."""
         return bool(self._outages)
 
     def call(self, service: str, function: Callable[[], T]) -> T:
@@ -64,8 +64,8 @@ class Retry:
 
         Raises ImageSearchError if that lasts longer than the timeout, or the run was interrupted.
         """
-        began, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
-        started: float | None = None
+        call_began, delay = time.monotonic(), INITIAL_BACKOFF_SECONDS
+        outage_began: float | None = None
         while True:
             try:
                 with self._say_if_slow(service):
@@ -73,17 +73,20 @@ class Retry:
             except RetryableError as error:
                 reason = str(error)
                 if self._timeout_seconds == 0:
-                    self._outages[service] = began
+                    self._outages[service] = call_began
                     raise _unrecovered(error) from None
                 if error.partially_done:
                     self._outages.pop(service, None)
-                    began, started, delay = time.monotonic(), None, INITIAL_BACKOFF_SECONDS
-                if started is None:  # what has been waited for the answer counts
-                    started = self._outages.setdefault(service, began)
+                    call_began, outage_began, delay = time.monotonic(), None, INITIAL_BACKOFF_SECONDS
+                if outage_began is None:  # what has been waited for the answer counts
+                    outage_began = self._outages.setdefault(service, call_began)
+            except Exception:  # an answer, too
+                self._outages.pop(service, None)
+                raise
             else:
                 self._outages.pop(service, None)
                 return result
-            waited = time.monotonic() - started
+            waited = time.monotonic() - outage_began
             delay = min(delay, self._timeout_seconds - waited)
             if delay <= 0:
                 raise ImageSearchError(

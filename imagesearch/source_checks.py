@@ -111,7 +111,7 @@ def _has_known_image(index: WritableIndex, source: Source) -> bool:
     """Returns True if one of the first images below the source is in the index: by name, size and mtime, or content."""
     images = list(itertools.islice(source.find_images(), BATCH_SIZE))
     indexed = index.get_file_metadata([image.id for image in images])
-    if any((found := indexed.get(image.id)) and found.is_of(image) for image in images):
+    if any((found := indexed.get(image.id)) and found.matches(image) for image in images):
         return True
     for chunk in make_chunks(images[:SAMPLE_SIZE], SAMPLE_SIZE, 0, lambda image: image.size, CHUNK_BYTES):
         with source.open_images(chunk) as opened:

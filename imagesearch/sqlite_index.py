@@ -161,8 +161,8 @@ class SqliteIndex:
     def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> list[Document | MetadataUpdate]:
         """Writes documents in one transaction; returns those that are stored: all but updates of what is not there."""
         insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (index_name, id) DO UPDATE
-                    SET size = excluded.size, mtime = excluded.mtime, sha256 = excluded.sha256,
-                        embedding = excluded.embedding"""
+                    SET "desc" = excluded."desc", size = excluded.size, mtime = excluded.mtime,
+                        sha256 = excluded.sha256, embedding = excluded.embedding"""
         update = "UPDATE images SET size = ?, mtime = ? WHERE index_name = ? AND id = ?"
         rows = [self._row(item) for item in batch if isinstance(item, Document)]
         missing: set[str] = set()

@@ -35,7 +35,9 @@ def open_url(url: str) -> Iterator[OpenedImage]:
             length = response.headers.get("Content-Length", "")
             size = int(length) if length.isascii() and length.isdigit() else MAX_CONTENT_BYTES
             check_size(size)
+            left = deadline - time.monotonic()
             with content_memory.reserve(size):
+                deadline = time.monotonic() + left  # waiting for room does not count
                 try:
                     content = _until(deadline, lambda: _read(response, deadline))
                 except ValueError:

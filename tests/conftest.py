@@ -95,7 +95,7 @@ _pool = ThreadPoolExecutor(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    if getattr(config.option, "numprocesses", None) and config.option.markexpr != "not slow":
         os.environ[HANDED_OVER] = tempfile.mkdtemp(prefix="imagesearch-servers-")
         for name in SHARED if not TEST_ES_URL else ("s3",):
             _started[name] = _pool.submit(_start, name)

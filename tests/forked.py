@@ -1,7 +1,7 @@
 """Runs of the scripts in processes forked from one that has made their imports: a fifth of the CPU time.
 
-A fork imports itself what looks at the environment as it is imported. What needs a new Python is run by
-`Scripts.start`.
+`bucket`, `hub` and `start` look at the environment when they are imported, so each fork imports them itself. What needs
+a new Python is run by `Scripts.start`.
 """
 
 import multiprocessing

@@ -58,7 +58,7 @@ class Scripts:
         return [str(ROOT / script), *map(str, arguments), "--index", self.index]
 
     def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Runs a script to its end: in a fork, or in a new Python if a variable is set that only that one reads."""
+        """Runs a script to its end: in a fork, or in a new Python if PYTHON… or LC_… variables differ."""
         settings = self.environment | environment
         if any(name.startswith(("PYTHON", "LC_")) and os.environ.get(name) != settings[name] for name in settings):
             process = self.start(script, *arguments, **environment)

@@ -42,8 +42,8 @@ GROUP = "org.elasticsearch.distribution.integ-test-zip"
 USER, PASSWORD = "admin", "p@ss/w:rd 100%"  # which a URL must percent-encode
 START_SECONDS = 120
 FETCH_SECONDS = 600
-# As it was at first: servers start on another thread while tests change it, and a child that inherits it then may find
-# none ("Bad address").
+# A copy of os.environ: tests change the original while servers start on another thread, and a child that inherits it
+# just then fails with "Bad address".
 ENVIRONMENT = dict(os.environ)
 # Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
 SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]

@@ -47,12 +47,15 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self.connections: set[socket.socket] = set()
 
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        self.connections.add(request)  # whose end, at an outage, ends the one behind it
+        super().process_request(request, client_address)
+
 
 class _Handler(socketserver.BaseRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        self.server.connections.add(self.request)  # whose end, at an outage, ends the one behind it
         with socket.create_connection(("127.0.0.1", self.server.server_port)) as upstream:
             thread = threading.Thread(target=_pass_on, args=[upstream, self.request])
             thread.start()

@@ -42,6 +42,7 @@ def test_several_nodes_share_their_credentials() -> None:
         "https://u:hunter2@[host:9200",
         "https://u:hunter2@host:9200?x=1",
         "https://hunter2@host:9200",
+        "https://:hunter2@host:9200",
         "https://u:hunter2@one:1,https://u:other@two:2",
         "https://u:hunter2@one:1,",
         "https://u:hunter2@one:1,http://u:hunter2@two:2",

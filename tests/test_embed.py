@@ -281,7 +281,7 @@ def test_open_files_stay_below_the_limit_on_any_machine(
 ) -> None:
     """macOS allows a process 256."""
     monkeypatch.setattr(embed, "available_cpus", lambda: cpus)
-    monkeypatch.setattr(embed, "max_open_files", lambda: 256)
+    monkeypatch.setattr(embed, "raise_open_file_limit", lambda: 256)
     paths = [tmp_path / f"{number}.png" for number in range(600)]
     for number, path in enumerate(paths):
         image((9, 9), number).save(path)

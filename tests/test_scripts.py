@@ -15,10 +15,11 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
+from imagesearch.records import PREPROCESSING, Document, ImageFile, IndexMetadata, ModelInfo
 from tests.certificates import CA
 from tests.http_servers import RecordingServer
 from tests.pictures import Picture, averaging_model, image, png
@@ -180,6 +181,21 @@ def test_search_uses_the_model_that_made_the_index(scripts: Scripts, birds: list
     other = averaging_model(scripts.folder / "other.onnx", scale=2)
     done = scripts.run("search.py", birds[7], "--model", other)
     assert done.returncode == 2 and "is another model" in done.stderr and done.stdout == ""
+    other.rename(model)
+    done = scripts.run("search.py", "new.png")
+    assert done.returncode == 2 and "and it has changed" in done.stderr and done.stdout == ""
+
+
+def test_a_document_that_is_written_again_is_replaced(scripts: Scripts) -> None:
+    embedding = np.ones(768, np.float32)
+    with open_scripts_index(scripts, scripts.folder) as index:
+        index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
+        assert index.get_metadata()
+        for desc in ("before", "after"):  # the project's folder was renamed: ./x.png is in another class
+            assert list(index.write([Document(ImageFile("/x.png", "./x.png", desc, 1, 1), "0" * 64, embedding)]))
+        index.refresh()
+        (hit,) = index.search(embedding, 9)["hits"]["hits"]
+    assert hit["fields"] == {"file_path": ["./x.png"], "desc": ["after"]}
 
 
 def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, birds: list[Path]) -> None:
@@ -191,8 +207,9 @@ def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, bi
     for path in birds[1:]:
         path.unlink()
     scripts.create("--prune-all")
-    done = scripts.run("search.py", "elsewhere.png")
-    assert done.returncode == 2 and "is empty" in done.stderr and done.stdout == ""
+    for options in ((), ("--min-score", "0.9")):
+        done = scripts.run("search.py", "elsewhere.png", *options)
+        assert done.returncode == 2 and "is empty" in done.stderr and done.stdout == ""
 
 
 def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, birds: list[Path]) -> None:
