@@ -1,4 +1,4 @@
-"""The records of a picture's way from its source to the index."""
+"""The records: from an image file to a document of the index."""
 
 import hashlib
 from dataclasses import dataclass, field
