@@ -4,13 +4,12 @@
 from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
 from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
-from imagesearch.connection import connect, uses_elasticsearch
+from imagesearch.connection import connect
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError
 from imagesearch.index import WritableIndex, open_writable_index
@@ -30,7 +29,10 @@ def main() -> int:
     arguments = parse_create_arguments(__doc__)
     interrupt, progress = Interrupt(), Progress()
     retry = Retry(arguments.retry_timeout, interrupt, progress.say)
-    with open_writable_index(arguments.index, connect(arguments.insecure), arguments.db, retry) as index:
+    connection = connect(arguments.insecure)
+    if arguments.part.count > 1 and connection is None:
+        console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
+    with open_writable_index(arguments.index, connection, arguments.db, retry) as index:
         metadata = index.get_metadata()
         source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
         check_source(arguments, source, index, metadata, interrupt)
@@ -54,7 +56,7 @@ def prepare_index(
 ) -> tuple[IndexMetadata, Model]:
     """Returns the index's metadata and model; creates the index if there is none, and says which are used.
 
-    Raises UsageError if ``--model`` is not the index's model.
+    Raises ImageSearchError if ``--model`` is not the index's model, or another run creates or deletes the index now.
     """
     if metadata:
         model = load_index_model(metadata.model, arguments.model)
@@ -69,8 +71,6 @@ def prepare_index(
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
     console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
-    if arguments.part.count > 1 and not uses_elasticsearch(os.environ):
-        console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
     return metadata, model
 
 
