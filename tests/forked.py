@@ -1,4 +1,4 @@
-"""Runs of the scripts in processes forked from one that has made their imports: a fifth of the CPU time.
+"""Runs of the scripts in processes forked from one that has made their imports: a tenth of the CPU time.
 
 `bucket`, `hub` and `start` look at the environment when they are imported, so each fork imports them itself. What needs
 a new Python is run by `Scripts.start`.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import PIL
 
-ROOT = Path(__file__).parent.parent
+from tests.server import ROOT
+
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
 LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec", "tqdm"]
 LIBRARIES += [f"PIL.{plugin}" for plugin in PIL._plugins]

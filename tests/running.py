@@ -40,7 +40,7 @@ class Scripts:
     def start(
         self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
     ) -> "subprocess.Popen[str]":
-        """Starts a script; its output is text, on pipes. ``--db`` is left out where the index is on Elasticsearch."""
+        """Starts a script; its output is text, on pipes."""
         return subprocess.Popen(
             [sys.executable, *self.arguments(script, arguments, environment)],
             cwd=self.folder,
@@ -52,6 +52,7 @@ class Scripts:
         )
 
     def arguments(self, script: str, arguments: Sequence[object], environment: dict[str, str]) -> list[str]:
+        """Python's arguments for a script; ``--db`` is left out where the index is on Elasticsearch."""
         if self.leaves_out_db and "ES_URL" in self.environment | environment and "--db" in arguments:
             place = arguments.index("--db")
             arguments = [*arguments[:place], *arguments[place + 2 :]]

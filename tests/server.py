@@ -38,6 +38,7 @@ from tests.certificates import CA, trusting_session
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"
 BUILD.mkdir(exist_ok=True)
+RELEASE, RELEASE_9 = "8.19.9", "9.2.0"  # of Elasticsearch
 GROUP = "org.elasticsearch.distribution.integ-test-zip"
 USER, PASSWORD = "admin", "p@ss/w:rd 100%"  # which a URL must percent-encode
 START_SECONDS = 120
@@ -76,8 +77,8 @@ def newest_release() -> str:
     try:
         java_home(21)
     except UnavailableError:
-        return "8.19.9"
-    return "9.2.0"
+        return RELEASE
+    return RELEASE_9
 
 
 def version(home: Path) -> int:
@@ -128,7 +129,7 @@ class Cluster:
 
     def __init__(
         self,
-        release: str = "8.19.9",
+        release: str = RELEASE,
         size: int = 1,
         java_options: Sequence[str] = ("-Xms512m", "-Xmx512m", *SHORT_LIVED),
         roles: dict[str, list[str]] | None = None,
@@ -199,9 +200,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
-            for node in self.nodes:
-                self.start(node)
-            self.wait()
+            self.start_missing()
         except BaseException:
             self.__exit__()
             raise
@@ -262,7 +261,7 @@ class Cluster:
             )
 
     def start_missing(self) -> None:
-        """Starts those nodes that were killed, and waits for them."""
+        """Starts the nodes that do not run, and waits for them."""
         missing = [node for node in self.nodes if not node.process]
         for node in missing:
             self.start(node)
@@ -447,7 +446,7 @@ def unavailable(reason: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def cluster(size: int, release: str = "8.19.9", **settings: object) -> Iterator[Cluster]:
+def cluster(size: int, release: str = RELEASE, **settings: object) -> Iterator[Cluster]:
     """Starts `size` nodes of Elasticsearch with these settings."""
     try:
         nodes = Cluster(release, size, **settings)  # type: ignore[arg-type]
