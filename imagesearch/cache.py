@@ -29,7 +29,7 @@ def model_sha256(path: Path) -> str:
         if files[0] == path and record["files"] == [_identity(file) for file in files]:
             return str(record["sha256"])
     files = [path.parent / name for name in (path.name, *_external_data(path))]
-    identities = [_identity(file) for file in files]  # first: a file that is replaced meanwhile is hashed again
+    identities = [_identity(file) for file in files]  # before hashing, so that a later change is always noticed
     hashes = [file_sha256(file) for file in files]
     sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     record = {"files": identities, "sha256": sha256}

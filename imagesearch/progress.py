@@ -19,6 +19,7 @@ from imagesearch.records import Document, MetadataUpdate, ModelInfo
 UNREADABLE_SHOWN = 20
 KINDS_SHOWN = 10  # of skipped files
 MAX_KINDS = 1000  # that are counted apart: a million serial numbers may look like extensions
+OTHER = "other"  # all kinds beyond these
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 ESTIMATE_AFTER_SECONDS = 3  # of embedding, before a rate is shown
 WIDE_COLUMNS = 80  # a terminal at least this wide shows a bar
@@ -78,7 +79,7 @@ class Progress:
     def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image; `kind` is its extension, or "hidden" and the like."""
         is_new = kind not in self._skipped
-        self._skipped["other" if is_new and len(self._skipped) >= MAX_KINDS else kind] += 1
+        self._skipped[OTHER if is_new and len(self._skipped) >= MAX_KINDS else kind] += 1
 
     def count_unreadable(self, path: str, reason: str) -> None:
         """Counts an image that cannot be read, and says why."""
@@ -160,12 +161,10 @@ class Progress:
 
     def _skipped_kinds(self) -> str:
         """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""
-        total = self._skipped.total()
-        del self._skipped["other"]
-        shown = self._skipped.most_common(KINDS_SHOWN)
+        shown = [pair for pair in self._skipped.most_common(KINDS_SHOWN + 1) if pair[0] != OTHER][:KINDS_SHOWN]
         kinds = [f"{number:,} {quote_path(kind) if kind.startswith('.') else kind}" for kind, number in shown]
-        if others := total - sum(number for _, number in shown):
-            kinds.append(f"{others:,} other")
+        if others := self._skipped.total() - sum(number for _, number in shown):
+            kinds.append(f"{others:,} {OTHER}")
         return f"; skipped: {', '.join(kinds)}" if kinds else ""
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from imagesearch.progress import Progress
+from imagesearch.progress import KINDS_SHOWN, MAX_KINDS, Progress
 from imagesearch.records import Document, ImageFile
 from tests.pictures import Picture
 from tests.running import Scripts
@@ -89,3 +89,11 @@ def test_without_a_terminal_a_line_every_30_seconds(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert re.fullmatch(r"\d+ images, 10/s", lines[0])
+
+
+def test_kinds_beyond_the_first_thousand_are_counted_together() -> None:
+    progress = Progress()
+    for number in range(MAX_KINDS + 50):
+        progress.count_skipped(f".{number}")
+    for _ in range(2):  # asking changes nothing
+        assert progress.summary().endswith(f".9, {MAX_KINDS + 50 - KINDS_SHOWN:,} other")
