@@ -1,54 +1,104 @@
 #!/usr/bin/env python3
 """Makes a CLIP embedding of every image in a folder or bucket and indexes it, for search.py to find."""
 
-from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
+from imagesearch.start import exit_on_signals, run  # first: Ctrl-C and missing dependencies
 
 import argparse
+import itertools
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 
-from imagesearch import console
 from imagesearch.arguments import parse_create_arguments
-from imagesearch.connection import connect
+from imagesearch.console import say
 from imagesearch.embed import embed_images
-from imagesearch.errors import ImageSearchError
+from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import WritableIndex, open_writable_index
-from imagesearch.interrupt import Interrupt
+from imagesearch.index.connection import connect
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
-from imagesearch.parallel import batch_until_error
-from imagesearch.paths import index_folder, path_to_text
+from imagesearch.parallel import batch_until_error, call_on_thread, map_buffered
+from imagesearch.paths import index_folder, path_to_text, quote_path
 from imagesearch.progress import Progress
-from imagesearch.records import BATCH_SIZE, Candidate, ImageFile, IndexMetadata, document_id
-from imagesearch.report import SILENT, Report
-from imagesearch.retry import Retry
-from imagesearch.source_checks import check_prune, check_source
-from imagesearch.sources import Part, Source, open_source
+from imagesearch.records import BATCH_SIZE, Candidate, ImageFile, IndexMetadata, Part, Skipped, Unreadable, document_id
+from imagesearch.sources import Source, open_source
+
+GONE_CHECKS = 64  # files or objects that are looked at once more, at a time
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run has found: images by the first 8 bytes of their ``_id``, and the names of what it could not read."""
+
+    ids: set[int] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)
+
+    def covers(self, file_path: str) -> bool:
+        """Returns True if an image was found, or may be below a folder that could not be read."""
+        folders = (file_path[:end] for end, character in enumerate(file_path) if character == "/")
+        return _short_id(document_id(file_path)) in self.ids or any(
+            path in self.unreadable for path in (file_path, *folders)
+        )
+
+
+def _short_id(id_: str) -> int:
+    return int(id_[:16], 16)
 
 
 def main() -> int:
     arguments = parse_create_arguments(__doc__)
-    interrupt, progress = Interrupt(), Progress()
-    retry = Retry(arguments.retry_timeout, interrupt, progress.say)
+    progress = Progress()
+    exit_on_signals(progress.say_interrupted)
+    return call_on_thread(lambda: index_images(arguments, progress))
+
+
+def index_images(arguments: argparse.Namespace, progress: Progress) -> int:
+    """Brings the index up to date with the source; returns the exit code."""
     connection = connect(arguments.insecure)
-    if arguments.part.count > 1 and connection is None:
-        console.say("Warning: several machines must not write to one index file on a network share: use Elasticsearch.")
-    with open_writable_index(arguments.index, connection, arguments.db, retry) as index:
+    with open_writable_index(arguments.index, connection, arguments.db, arguments.index_type) as index:
         metadata = index.get_metadata()
-        source = open_source(arguments.images, index_folder(metadata.folder if metadata else None), retry)
-        check_source(arguments, source, index, metadata, interrupt)
+        source = open_source(arguments.images, index_folder(metadata.folder if metadata else None))
+        listing = list_source(source, may_be_empty=arguments.prune_all and metadata is not None)
         metadata, model = prepare_index(index, metadata, arguments)
-        with interrupt, progress:
-            index.refresh()  # what an interrupted run has written is not embedded again
-            progress.start(arguments.index, metadata.model, find_images(source, arguments.part))
-            changed = find_changed(find_images(source, arguments.part, progress), index, interrupt, progress)
-            with closing(embed_images(changed, source, model, index, progress, interrupt)) as documents:
+        index.refresh()  # what an interrupted run has written is not embedded again
+        found = Found()
+        progress.start(f"; index {arguments.index}, {metadata.model.description}", count_images(source, arguments.part))
+        with progress:
+            images = find_images(listing, arguments.part, found, progress)
+            candidates = find_changed(images, index, progress)
+            with closing(embed_images(candidates, source, model, index, progress)) as documents:
                 for document in index.write(documents):
                     progress.count_written(document)
             index.refresh()
-            if arguments.prune and not interrupt.signal:
-                delete_gone(source, index, interrupt, progress, arguments)
-        say_what_is_left(index, source, interrupt, progress, arguments)
-    return 128 + interrupt.signal if interrupt.signal else int(progress.unreadable > 0)
+            gone = find_gone(source, index, arguments.part, found)
+            if arguments.prune:
+                delete(gone, source, index, progress, arguments.prune_all)
+        may_be_gone = not arguments.prune and index.count_below(source.name) > progress.stored
+        if may_be_gone and (number := sum(1 for _ in gone)):
+            say(f"Documents without an image: {number:,}; --prune deletes them.")
+    if progress.unreadable:
+        say("Some files cannot be read. Fix or move them, or leave them: the others are indexed.")
+    return int(progress.unreadable > 0)
+
+
+def list_source(source: Source, may_be_empty: bool) -> Iterator[ImageFile | Skipped | Unreadable]:
+    """Returns what is in the source. Raises UsageError if there are no images, before an index is made for them."""
+    listing = source.find_images()
+    first: list[ImageFile | Skipped | Unreadable] = []
+    for item in listing:
+        first.append(item)
+        if isinstance(item, ImageFile):
+            break
+    else:
+        if not may_be_empty:
+            for item in first:
+                if isinstance(item, Unreadable):
+                    say(f"Cannot read {quote_path(item.name)}: {item.reason}")
+            raise UsageError(
+                f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their"
+                " folder."
+            )
+    return itertools.chain(first, listing)
 
 
 def prepare_index(
@@ -70,61 +120,70 @@ def prepare_index(
         check_compatible(created.model, model.info)
         if created.folder != metadata.folder:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
-    console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+    say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
     return metadata, model
 
 
-def find_images(source: Source, part: Part, report: Report = SILENT) -> Iterator[ImageFile]:
-    """Returns the images of the source that are in this part; `report` is told about other files."""
-    return (image for image in source.find_images(report) if part.contains(image.id))
+def count_images(source: Source, part: Part) -> Iterator[object]:
+    """Yields something for each image of the part, as the progress counts them."""
+    return (item for item in source.find_images() if isinstance(item, ImageFile) and part.contains(item.id))
 
 
-def find_changed(
-    images: Iterator[ImageFile], index: WritableIndex, interrupt: Interrupt, progress: Progress
-) -> Iterator[Candidate]:
-    """Yields new and changed images, until the run is interrupted."""
-    for batch in batch_until_error(interrupt.until_interrupted(images), BATCH_SIZE):
+def find_images(
+    listing: Iterator[ImageFile | Skipped | Unreadable], part: Part, found: Found, progress: Progress
+) -> Iterator[ImageFile]:
+    """Yields the images that are in this part, and remembers them; counts what else is listed."""
+    for item in listing:
+        if isinstance(item, Skipped):
+            progress.count_skipped(item)
+        elif isinstance(item, Unreadable):
+            progress.count_unreadable(item)
+            found.unreadable.add(item.name)
+        elif part.contains(item.id):
+            found.ids.add(_short_id(item.id))
+            yield item
+
+
+def find_changed(images: Iterator[ImageFile], index: WritableIndex, progress: Progress) -> Iterator[Candidate]:
+    """Yields new and changed images."""
+    for batch in batch_until_error(images, BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
         for image in batch:
             known = indexed.get(image.id)
             if known and known.matches(image):
                 progress.count_unchanged()
             else:
-                progress.start_embedding()
                 yield Candidate(image, known)
 
 
-def delete_gone(
-    source: Source, index: WritableIndex, interrupt: Interrupt, progress: Progress, arguments: argparse.Namespace
-) -> None:
-    """Deletes the documents below the source whose files are gone.
+def find_gone(source: Source, index: WritableIndex, part: Part, found: Found) -> Iterator[str]:
+    """Yields the `file_path` of each document below the source that has no image.
 
-    It checks the source again, since a disk may have been unmounted by now. After an interruption it looks no further;
-    what was found by then is still deleted.
+    These are the ones that this run has not found, and that are not there when each is looked at once more: another run
+    may have added them.
     """
-    source.check()
-    if not arguments.prune_all:
-        check_prune(index, source, interrupt)
-    listed = interrupt.until_interrupted(index.list_paths(source.name))
-    paths = (path for path in listed if arguments.part.contains(document_id(path)))
-    for gone in batch_until_error(source.find_gone(paths), BATCH_SIZE):
-        progress.deleted += index.delete([document_id(path) for path in gone])
+    paths = (path for path in index.list_paths(source.name) if part.contains(document_id(path)))
+    missing = (path for path in paths if not found.covers(path))
+    with ThreadPoolExecutor(GONE_CHECKS) as pool:
+        checked = map_buffered(pool, lambda path: (path, source.exists(path)), missing, 2 * GONE_CHECKS)
+        yield from (path for path, exists in checked if not exists)
+
+
+def delete(gone: Iterator[str], source: Source, index: WritableIndex, progress: Progress, is_forced: bool) -> None:
+    """Deletes the documents of images that are gone.
+
+    Raises UsageError, unless it `is_forced`, if this run knew none of the images it found, by their names or by their
+    contents: an unmounted disk, or another folder of the same name, looks the same.
+    """
+    is_known = progress.unchanged + progress.updated + progress.known > 0
+    for batch in batch_until_error(gone, BATCH_SIZE):
+        if not is_known and not is_forced:
+            raise UsageError(
+                f"--prune would delete all documents below {quote_path(source.name)} but those of this run: none of"
+                " their files is left, and the images there are new. If that is intended, use --prune-all."
+            )
+        progress.deleted += index.delete([document_id(path) for path in batch])
     index.refresh()
-
-
-def say_what_is_left(
-    index: WritableIndex, source: Source, interrupt: Interrupt, progress: Progress, arguments: argparse.Namespace
-) -> None:
-    """Says how many images are left after an interruption, or how many documents have no file any more."""
-    if interrupt.signal:
-        left = f" with the {progress.left:,} images that are left" if progress.left else ""
-        console.say(f"Run the command again to continue{left}.")
-    elif arguments.part.count == 1 and not arguments.prune:
-        with suppress(ImageSearchError):  # the run itself is complete
-            gone = index.count_below(source.name) - progress.done
-            if gone > 0:
-                at_least = "at least " if progress.unreadable else ""
-                console.say(f"Documents without an image: {at_least}{gone:,}; --prune deletes those of deleted files.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each IMAGE."""
+"""Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each image."""
 
 from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
 
 import argparse
 import difflib
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Generator, Iterable
@@ -14,30 +15,29 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagesearch import console
 from imagesearch.arguments import parse_search_arguments
-from imagesearch.connection import connect
+from imagesearch.console import say, write_line
+from imagesearch.embed import EmbeddedQuery, embed_queries
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
+from imagesearch.index.connection import connect
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
-from imagesearch.paths import query_name, quote_path
-from imagesearch.queries import Query, embed_queries
-from imagesearch.records import IndexMetadata, ModelInfo, Unreadable
-from imagesearch.sources import open_query
+from imagesearch.paths import BUCKET_URL, index_folder, quote_path
+from imagesearch.records import IndexMetadata, ModelInfo, Unreadable, document_id
+from imagesearch.sources import find_queries
 
 if TYPE_CHECKING:
     from imagesearch.results_page import Page
-
 
 CLASSES_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Result:
-    """Elasticsearch's response to a query, or an error in the same form."""
+    """Elasticsearch's response to a query, or an error in the same form; `image` is the query's name."""
 
-    query: str
+    image: str
     response: dict[str, Any]
 
 
@@ -46,17 +46,19 @@ def main() -> int:
     code = 0
     with open_index(arguments.index, connect(arguments.insecure), arguments.db) as index:
         metadata = get_metadata(index, arguments)
-        page = open_page(index, metadata, arguments) if arguments.html is not None else None
-        get_model = model_loader(metadata.model, arguments)
-        queries = embed_queries(arguments.image, page.open_query if page else open_query, get_model, index)
-        with closing(queries), closing(search_all(queries, index, arguments)) as results:  # before the index is closed
-            for result in results:
-                console.write_line(json.dumps(result.response, ensure_ascii=False))
-                code |= say_result(result)
+        page = open_page(metadata, arguments) if arguments.html is not None else None
+        queries = find_queries(arguments.image, index_folder(metadata.folder))
+        if page:
+            queries = page.keep_previews(queries)
+        embedded = embed_queries(queries, index, model_loader(metadata.model, arguments))
+        with closing(embedded), closing(search_all(embedded, index, arguments)) as results:  # before the index
+            for result in with_count(results, arguments):
+                write_line(json.dumps({"image": result.image, **result.response}, ensure_ascii=False))
+                code |= say_result(result, arguments)
                 if page:
-                    page.add(result.query, result.response)
+                    page.add(result.image, result.response)
         if page and page.write():
-            console.say(f"The page of results is {quote_path(str(arguments.html))}.")
+            say(f"The page of results is {quote_path(str(arguments.html))}.")
     return code
 
 
@@ -65,23 +67,32 @@ def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
     if metadata := index.get_metadata():
         check_version(metadata.model)
         if sys.stderr.isatty():
-            console.say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
+            say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
         return metadata
     others = ", ".join(f"{name} ({model})" for name, model in index.list_indexes().items())
     if others:
         raise UsageError(
             f"There is no index {arguments.index} in {index.location}, but there are: {others}. Use --index."
         )
-    raise UsageError(f"There is no index {arguments.index} in {index.location}: make it with create.py.")
+    raise UsageError(
+        f"There is no index {arguments.index} in {index.location}: make it with create.py, or change to the folder"
+        " where it is."
+    )
 
 
-def open_page(index: Index, metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":
+def open_page(metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":
     """Returns the page that ``--html`` asks for."""
     from imagesearch.results_page import Page, check_page_path  # late, to save time without --html
 
     limits = [] if arguments.desc is None else [f" of class {arguments.desc}"]
     limits += [] if arguments.min_score is None else [f" with a score of at least {arguments.min_score:g}"]
-    return Page(check_page_path(arguments.html, arguments.image), index, arguments.index, metadata, "".join(limits))
+    return Page(check_page_path(arguments.html, arguments.image), arguments.index, metadata, "".join(limits))
+
+
+def is_many(arguments: argparse.Namespace) -> bool:
+    """Returns True if the command line names several images to search for, or a folder or bucket of them."""
+    (first, *others) = arguments.image
+    return bool(others) or os.path.isdir(first) or bool(BUCKET_URL.match(first))
 
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
@@ -89,20 +100,26 @@ def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[],
 
     If ``--model`` is given, the model is loaded here, so that a wrong one is reported first.
     """
+    is_for_one = not is_many(arguments)
     if not arguments.model:
-        return lambda: load_index_model(info, None, len(arguments.image))
-    model = load_index_model(info, arguments.model, len(arguments.image))
+        return lambda: load_index_model(info, None, is_for_one)
+    model = load_index_model(info, arguments.model, is_for_one)
     return lambda: model
 
 
-def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Namespace) -> Generator[Result, None, None]:
+def search_all(
+    queries: Iterable[EmbeddedQuery], index: Index, arguments: argparse.Namespace
+) -> Generator[Result, None, None]:
     """Yields the result of each query, in order; several searches are under way at a time."""
 
-    def search(query: Query) -> Result:
-        if isinstance(query.embedding, Unreadable):
-            reason = f"Cannot read {quote_path(query_name(query.name))}: {query.embedding.reason}"
+    def search(query: EmbeddedQuery) -> Result:
+        if isinstance(query.embedded, Unreadable):
+            name = "standard input" if query.name == "-" else quote_path(query.name)
+            reason = f"Cannot read {name}: {query.embedded.reason}"
             return Result(query.name, {"error": {"type": "image_error", "reason": reason}, "status": 400})
-        response = index.search(query.embedding, arguments.k, arguments.desc, arguments.min_score)
+        excluded = document_id(query.file_path) if arguments.exclude_self and query.file_path else None
+        embedding = query.embedded.embedding
+        response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score, excluded)
         return Result(query.name, response)
 
     with ThreadPoolExecutor(index.max_searches) as pool:
@@ -112,6 +129,16 @@ def search_all(queries: Iterable[Query], index: Index, arguments: argparse.Names
                 explain_no_hits(index, arguments)
                 is_checked = True
             yield result
+
+
+def with_count(results: Iterable[Result], arguments: argparse.Namespace) -> Iterable[Result]:
+    """Returns the results; shows how many are done, if only stderr is a terminal and there may be many."""
+    if not is_many(arguments) or sys.stdout.isatty() or not sys.stderr.isatty():
+        return results
+    from tqdm import tqdm  # late: it takes some 30 ms
+
+    bar: Iterable[Result] = tqdm(results, unit=" images", leave=False, delay=1)
+    return bar
 
 
 def is_complete(result: Result) -> bool:
@@ -144,18 +171,20 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def say_result(result: Result) -> int:
+def say_result(result: Result, arguments: argparse.Namespace) -> int:
     """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # which shows it already
-            console.say(result.response["error"]["reason"])
+            say(result.response["error"]["reason"])
         return 1
     if sys.stdout.isatty():
+        if is_many(arguments):
+            say(f"{quote_path(result.image)}:")
         for hit in result.response["hits"]["hits"]:
             fields = hit["fields"]
-            console.say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
+            say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
     if not is_complete(result):
-        console.say("Warning: some shards failed or timed out; there may be nearer images.")
+        say("Warning: some shards failed or timed out; there may be nearer images.")
     return 0 if is_complete(result) else 1
 
 

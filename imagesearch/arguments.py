@@ -4,16 +4,18 @@ import argparse
 import itertools
 import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from imagesearch.connection import uses_elasticsearch
 from imagesearch.errors import UsageError
+from imagesearch.index import INDEX_TYPES
+from imagesearch.index.connection import uses_elasticsearch
 from imagesearch.paths import local_path, path_to_text, quote_path
-from imagesearch.sources import Part
+from imagesearch.records import Part
 
-DEFAULT_DATABASE = "imagesearch.db"
+DEFAULT_INDEX = "images"
 MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 
 CREATE_EXAMPLES = """\
@@ -29,16 +31,16 @@ SEARCH_EXAMPLES = """\
   python3 search.py -k 10 --desc Bald_Eagle a.jpg  the ten nearest in one class
   python3 search.py -k 12 --html results.html a.jpg
                                                    a page with the twelve nearest
+  python3 search.py --exclude-self -k 3 images/Osprey
+                                                   the three nearest others of each image in a folder
   python3 search.py https://example.com/a.jpg s3://birds/b.jpg - < c.jpg
                                                    images from the web, a bucket and standard input
-  python3 search.py @names.txt | jq '.hits.hits[0].fields.file_path[0]'
-                                                   images whose names are in a file, one a line
 """
 
 ENVIRONMENT = """\
 environment:
   ES_URL      Elasticsearch, as https://user:password@host:port (special characters percent-encoded);
-              several nodes of one cluster separated by commas. If not set: a local index file, see --db
+              if not set: a local index file, see --db
   ES_CA_CERT  PEM file of the CA that signed the server's certificate, unless it is a public one
   ES_API_KEY  an API key, instead of user and password in ES_URL
   for s3://   AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and AWS_ENDPOINT_URL unless it is AWS
@@ -67,8 +69,8 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="also delete the documents of files below DIR that no longer exist; refused if none of the indexed"
-        " files is left, as with an unmounted disk; see --prune-all",
+        help="also delete the documents of files below DIR that no longer exist; refused if the run knows none of the"
+        " images that it finds, as with an unmounted disk; see --prune-all",
     )
     parser.add_argument("--prune-all", action="store_true", help="like --prune, but never refused")
     parser.add_argument(
@@ -76,15 +78,14 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
         metavar="I/N",
         type=part,
         default=Part(),
-        help="only the I-th of N parts of the images, for N machines that share the folder (default: 1/1)",
+        help="only the I-th of N parts of the images, for N machines that share the folder and write to one"
+        " Elasticsearch, not to one file on a network share (default: 1/1)",
     )
     parser.add_argument(
-        "--retry-timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=120,
-        help="how long to keep retrying if Elasticsearch or the bucket becomes unreachable during the run; not"
-        " at its start (default: 120)",
+        "--index-type",
+        choices=INDEX_TYPES,
+        help="how a new index on Elasticsearch searches its vectors: as they are (hnsw, the default), or quantized, in"
+        " a quarter or a twentieth of the memory",
     )
     parser.add_index_options()
     arguments, others = parser.parse_known_args()
@@ -92,34 +93,45 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
         name = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), others))
         proposal = f"; to index a folder or bucket, use --images {quote_path(name)}" if name else ""
         parser.error(f"unrecognized arguments: {quote_path(' '.join(others))}{proposal}")
+    if not arguments.images:
+        parser.error("argument --images: must be a folder or the URL of a bucket")
     arguments.prune |= arguments.prune_all
     parser.check_index_options(arguments)
+    if arguments.index_type and not uses_elasticsearch(os.environ):
+        parser.error("--index-type is for Elasticsearch, and ES_URL is not set; a local index file is exact")
     return arguments
 
 
 def parse_search_arguments(description: str | None) -> argparse.Namespace:
     """Returns the command line of search.py; ends the process with a line if it is wrong."""
-    parser = Parser(description, SEARCH_EXAMPLES, fromfile_prefix_chars="@")
+    parser = Parser(description, SEARCH_EXAMPLES)
     parser.add_argument(
         "image",
         metavar="IMAGE",
-        nargs="+",
+        nargs="*",
         type=local_path,
-        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input;"
-        " @FILE reads such names from FILE, one a line",
+        help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input; a"
+        " folder, or a bucket's s3://bucket/folder, stands for each image below it",
     )
     parser.add_argument("-k", metavar="N", type=number_of_images, default=1, help="how many images (default: 1)")
     parser.add_argument("--desc", metavar="NAME", type=path_to_text, help="only images of this class (their folder)")
     parser.add_argument("--min-score", metavar="S", type=score, help="only images that score at least S, from 0 to 1")
+    parser.add_argument(
+        "--exclude-self", action="store_true", help="leave out the image itself, if it is indexed; not copies of it"
+    )
     parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
     parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
-    try:
-        arguments = parser.parse_intermixed_args()
-    except UnicodeDecodeError:
-        parser.error("the names in @FILE must be UTF-8: give others on the command line")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # parse_intermixed_args would read options after it
+    arguments = parser.parse_intermixed_args(words[:end])
+    arguments.image += map(local_path, words[end + 1 :])
+    if not arguments.image:
+        parser.error("the following arguments are required: IMAGE")
     if arguments.image.count("-") > 1:
         parser.error("argument IMAGE: standard input (-) can be read only once")
+    if arguments.html == "-":
+        parser.error("argument --html: must be the name of a file; results go to standard output as JSON")
     parser.check_index_options(arguments)
     return arguments
 
@@ -161,29 +173,25 @@ class Parser(argparse.ArgumentParser):
 
     def add_index_options(self) -> None:
         """Adds the options that say which index is used."""
-        self.add_argument(
-            "--index", metavar="NAME", type=index_name, default="images", help="the index (default: images)"
-        )
+        self.add_argument("--index", metavar="NAME", type=index_name, help=f"the index (default: {DEFAULT_INDEX})")
         self.add_argument(
             "--db",
             metavar="FILE",
             type=database,
-            help=f"a local index file, which is used if ES_URL is not set (default: {DEFAULT_DATABASE})",
+            help="the local index file, which is used if ES_URL is not set (default: the index's name and .db)",
         )
         self.add_argument("--insecure", action="store_true", help="do not verify the server's certificate")
 
     def check_index_options(self, arguments: argparse.Namespace) -> None:
-        """Ends the process if --db contradicts ES_URL; sets the default of --db."""
+        """Ends the process if --db contradicts another option or ES_URL; sets the defaults of --index and --db."""
         if arguments.db and uses_elasticsearch(os.environ):
             self.error("ES_URL is set, and --db names a local index file: unset ES_URL, or leave out --db")
-        arguments.db = arguments.db or Path(DEFAULT_DATABASE)
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the argument in a line of ``@FILE``: a name, even if it looks like an option or another ``@FILE``."""
-        return [f"./{line}" if line.startswith(("-", "@")) and line != "-" else line] if line else []
+        if arguments.db and arguments.index:
+            self.error("--index and --db both name the index: use one of the two")
+        arguments.index = arguments.index or (arguments.db.stem if arguments.db else DEFAULT_INDEX)
+        arguments.db = arguments.db or Path(f"{arguments.index}.db")
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^\[Errno \d+\] ", "", message)  # of an @FILE that cannot be read
         self.exit(UsageError.exit_code, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
@@ -213,14 +221,11 @@ def index_name(text: str) -> str:
 
 def database(text: str) -> Path:
     """Returns the path of an index file; not one of the names that SQLite treats specially."""
-    if not text or text.startswith(":") or text.startswith("file:"):
+    path = Path(text)
+    if not text or text.startswith((":", "file:")):
         raise argparse.ArgumentTypeError("must be the path of a file")
-    return Path(text)
-
-
-def seconds(text: str) -> float:
-    """Returns a number of seconds."""
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError("must be a number of seconds")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{quote_path(text)} is a folder; it must be the path of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {quote_path(str(path.parent))}")
+    return path

@@ -3,12 +3,14 @@
 import os
 from contextlib import suppress
 
+CLEAR_LINE = "\r\x1b[K"  # of a progress bar, which is drawn again when it moves
+
 
 def say(text: str) -> None:
-    """Prints one line for the user, on stderr; nothing if it cannot be written."""
+    """Prints one line for the user, on stderr; nothing if it cannot be written. Safe in a signal handler."""
     with suppress(OSError):
         # Not print: what it could not write, Python would try to write again at its end.
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+        os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}{text}\n".encode(errors="backslashreplace"))
 
 
 class OutputError(Exception):

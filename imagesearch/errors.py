@@ -13,18 +13,6 @@ class UsageError(ImageSearchError):
     exit_code = 2
 
 
-class LostIndexError(ImageSearchError):
-    """The index was deleted, or its name points to another one, since the run began."""
-
-
-class InterruptedRunError(ImageSearchError):
-    """A run failed after a signal had interrupted it. Exit code 128 and the signal's number."""
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal
-
-
 def describe_error(error: BaseException) -> str:
     """Returns why something failed, in a few words on one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -18,10 +18,13 @@ MAX_OPEN_FILES = 4096  # more is of no use
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` when the block succeeds.
 
-    So `path` is never seen half-written, whoever else reads or writes it.
+    So `path` is never seen half-written, whoever else reads or writes it. What killed processes have left is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent, path.name)
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.imagesearch-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
     temporary = path.with_name(f"{path.name}.imagesearch-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
@@ -30,24 +33,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale(folder: Path, name: str = "*") -> None:
-    """Removes the temporary files of `atomic_write` that a killed process has left."""
-    pattern = f"{name if name == '*' else glob.escape(name)}.imagesearch-*.tmp"
-    for temporary in folder.glob(pattern):
-        with contextlib.suppress(OSError):
-            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
-                temporary.unlink()
-
-
 def stream_sha256(stream: BinaryIO) -> str:
     """Returns the SHA-256, in hex, of what is left to read."""
     return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of the file in hex."""
-    with path.open("rb") as file:
-        return stream_sha256(file)
+def cache_folder() -> Path:
+    """Returns `imagesearch` in the user's cache folder; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagesearch"
 
 
 def raise_open_file_limit() -> int:
@@ -57,9 +50,12 @@ def raise_open_file_limit() -> int:
     except ImportError:
         return 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    unlimited = resource.RLIM_INFINITY
+    wanted = MAX_OPEN_FILES if hard == unlimited else min(MAX_OPEN_FILES, hard)
+    if soft == unlimited or soft >= wanted:
+        return wanted
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return soft
+    return wanted

@@ -4,20 +4,12 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from imagesearch.decoding_memory import (
-    BITS_PER_SAMPLE,
-    MAX_FULL_SCALE_PIXELS,
-    PHOTOMETRIC,
-    WHITE_IS_ZERO,
-    decoding_bytes,
-    jpeg2000_levels,
-)
 from imagesearch.parallel import MemoryLimit
 
 warnings.filterwarnings("ignore", module="PIL")  # about flaws that do not keep Pillow from reading a file
@@ -35,17 +27,22 @@ FORMATS = (
 # JPEGs are decoded at the smallest scale that leaves this many pixels along the longer side: twice the model's 224.
 DRAFT_SIZE = 2 * 224
 
-# Pillow's limit is far below the size of JPEGs that are decoded at reduced scale in little memory.
-Image.MAX_IMAGE_PIXELS = None
-MAX_SIDE = 65_535  # of a JPEG; strips of wider images would be large
-
-# Images with a longer side are reduced, too: the time of Clip.preprocess grows with its square.
+# Images of more pixels, or a longer side, are reduced before they are converted to RGB.
+MAX_FULL_SCALE_PIXELS = 1 << 25
 MAX_FULL_SCALE_SIDE = 1 << 14
 
-# For all images that are in use together, so that a run stays below 1 GB: 150 megapixels of RGBA, for example.
-MAX_DECODING_BYTES = 600_000_000
+# Pillow's limit is far below the size of JPEGs that are decoded at reduced scale in little memory.
+Image.MAX_IMAGE_PIXELS = None
+MAX_SIDE = 65_535  # of a JPEG
 
-STRIP_PIXELS = 1 << 22  # of a strip of rows: 16 MB as Pillow keeps them
+# At the peak of decoding and converting, measured with Pillow 13. A baseline JPEG is decoded at reduced scale; of a
+# progressive one, all coefficients are kept.
+BYTES_PER_PIXEL = {"JPEG": 1, "MPO": 1, "HEIF": 20, "WEBP": 17, "AVIF": 17, "JPEG2000": 25}
+PROGRESSIVE_JPEG_BYTES_PER_PIXEL = 6
+OTHER_BYTES_PER_PIXEL = 12
+
+# For all images that are decoded at a time: 200 megapixels of a progressive JPEG, 102 of a PNG or TIFF, 61 of a HEIC.
+MAX_DECODING_BYTES = 1_250_000_000
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {  # Exif 2.32, 4.6.4
@@ -57,6 +54,7 @@ _TRANSPOSE = {  # Exif 2.32, 4.6.4
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags and a value of TIFF 6.0
 
 _decoding_memory = MemoryLimit(MAX_DECODING_BYTES)
 
@@ -95,17 +93,12 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
         image = Image.open(stream, formats=(*FORMATS, *heif_format()) if is_heif else FORMATS)
     except UnidentifiedImageError:
         raise ValueError("not an image that Pillow can read") from None
-    full_size, longest = image.size, max(image.size)
-    pixels = f"{image.width}x{image.height} pixels of {image.format}"
-    if longest > MAX_SIDE:
-        raise ValueError(f"{pixels}: a side of more than {MAX_SIDE} pixels")
+    longest = max(image.size)
+    needed = image.width * image.height * _bytes_per_pixel(image)
+    if longest > MAX_SIDE or needed > MAX_DECODING_BYTES:
+        megapixels = image.width * image.height / 1e6
+        raise ValueError(f"{image.width}x{image.height} pixels of {image.format} ({megapixels:.0f} MP) are too many")
     image.draft("RGB", (max(1, image.width * DRAFT_SIZE // longest), max(1, image.height * DRAFT_SIZE // longest)))
-    size = _reduce_jpeg2000(image, stream) if image.format == "JPEG2000" else image.size
-    needed = decoding_bytes(image, size, full_size, stream)
-    if needed > MAX_DECODING_BYTES:
-        raise ValueError(
-            f"{pixels} need {needed / 1e6:.0f} MB to decode, more than the {MAX_DECODING_BYTES / 1e6:.0f} MB allowed"
-        )
     _scale_transparency(image)
     with _decoding_memory.reserve(needed):
         image.load()
@@ -115,18 +108,10 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
         yield rgb if transpose is None else rgb.transpose(transpose)
 
 
-def _reduce_jpeg2000(image: ImageFile.ImageFile, stream: BinaryIO) -> tuple[int, int]:
-    """Makes an image that is too large for MAX_DECODING_BYTES be decoded at reduced scale; returns its new size."""
-    full_size = size = image.size
-    level = 0
-    while decoding_bytes(image, size, full_size, stream) > MAX_DECODING_BYTES and level < jpeg2000_levels(stream):
-        level += 1
-        size = -(-full_size[0] >> level), -(-full_size[1] >> level)
-    if level:
-        image.reduce = level  # type: ignore[method-assign, assignment]  # so Pillow's plugin has it
-        # Pillow divides by 2**level and rounds to the nearest; OpenJPEG rounds up.
-        image._size = size[0] << level, size[1] << level
-    return size
+def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
+    if image.info.get("progressive"):
+        return PROGRESSIVE_JPEG_BYTES_PER_PIXEL
+    return BYTES_PER_PIXEL.get(image.format or "", OTHER_BYTES_PER_PIXEL)
 
 
 def _scale_transparency(image: ImageFile.ImageFile) -> None:
@@ -148,68 +133,55 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns `image`, of any mode, as 8-bit RGB; reduced if it has more than MAX_FULL_SCALE_PIXELS.
-
-    It is converted in strips of rows, so that copies in other modes stay small.
-    """
+    """Returns `image`, of any mode, as 8-bit RGB; reduced if it has more than MAX_FULL_SCALE_PIXELS."""
+    profile = image.info.get("icc_profile")
     longest = max(image.size)
-    large = image.width * image.height > MAX_FULL_SCALE_PIXELS or longest > MAX_FULL_SCALE_SIDE
-    if image.mode == "RGB" and "transparency" not in image.info and not large:
-        return image
-    factor = max(1, longest // DRAFT_SIZE) if large else 1
-    limits = _value_range(image) if _is_deep(image) else None
-    rgb = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-    if "icc_profile" in image.info:
-        rgb.info["icc_profile"] = image.info["icc_profile"]
-    rows = max(1, STRIP_PIXELS // image.width // factor) * factor
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        if limits:
-            values = np.asarray(strip)
-            gray = to_uint8(values, *limits)
-            if isinstance(clear := image.info.get("transparency"), int):  # of a PNG
-                gray[values == clear] = 255
-            strip = Image.fromarray(gray).convert("RGB")
-        elif image.has_transparency_data:
-            strip = strip.convert("RGBA")
-            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB")
-        else:
-            strip = strip.convert("RGB")
-        rgb.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    is_large = image.width * image.height > MAX_FULL_SCALE_PIXELS or longest > MAX_FULL_SCALE_SIDE
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_grayscale(image)
+    if is_large:
+        if image.mode in ("1", "P", "PA"):  # which Pillow cannot reduce
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = image.reduce(max(1, longest // DRAFT_SIZE))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if profile:
+        rgb.info["icc_profile"] = profile
     return rgb
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Returns True for grayscale of more than 8 bits."""
-    return image.mode.startswith("I;16") or image.mode in ("I", "F")
+def _to_grayscale(image: Image.Image) -> Image.Image:
+    """Returns grayscale of more than 8 bits as 8-bit grayscale; what a PNG declares transparent becomes white.
 
-
-def _value_range(image: Image.Image) -> tuple[float, float]:
-    """Returns the values of a deep grayscale image that become black and white.
-
-    Integers within 16 bits keep their full scale, and floats within 0…1 theirs. For any other range
-    no white is agreed on, so the image's own minimum and maximum are used.
+    Integers within 16 bits keep their full scale, and floats within 0…1 theirs. For any other range no white is agreed
+    on, so the image's own minimum and maximum are used.
     """
+    values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    is_white_zero = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
     if image.mode.startswith("I;16"):
-        white = float(2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1)
-        return (white, 0.0) if is_white_zero else (0.0, white)
-    low, high = np.inf, -np.inf
-    rows = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        strip = _finite(np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))))
-        low, high = min(low, float(strip.min())), max(high, float(strip.max()))
-    white = 1.0 if image.mode == "F" else 65535.0
-    if low >= 0 and high <= white:
-        low, high = 0.0, white
-    return (high, low) if is_white_zero else (low, high)
+        low, high = 0.0, float(2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1)
+    else:
+        finite = _finite(values)
+        low, high = float(np.min(finite)), float(np.max(finite))
+        white = 1.0 if image.mode == "F" else 65535.0
+        if low >= 0 and high <= white:
+            low, high = 0.0, white
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        low, high = high, low
+    # Some rows at a time: as 64-bit floats all of them would take eight times the memory.
+    gray = np.concatenate([to_uint8(rows, low, high) for rows in np.array_split(values, values.size // (1 << 22) + 1)])
+    if isinstance(clear := image.info.get("transparency"), int):  # of a PNG
+        gray[values == clear] = 255
+    return Image.fromarray(gray)
 
 
-def _finite(values: NDArray[np.generic]) -> NDArray[np.float64]:
-    return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    return values if values.dtype.kind in "iu" else np.nan_to_num(values, posinf=0, neginf=0)
 
 
-def to_uint8(values: NDArray[np.generic], low: float, high: float) -> NDArray[np.uint8]:
+def to_uint8(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Returns grayscale values scaled so that `low` becomes 0 and `high` 255."""
-    return ((_finite(values) - low) * (255 / ((high - low) or 1)) + 0.5).astype(np.uint8)
+    scale = 255 / ((high - low) or 1)
+    return ((_finite(values).astype(np.float64) - low) * scale + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Paths and URLs as text and back, quoted for a shell, normalized."""
+"""Paths and URLs as text and back, quoted for people, normalized."""
 
 import os
 import re
@@ -7,7 +7,6 @@ from urllib.parse import unquote
 
 BUCKET_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
-
 
 _ESCAPED_BYTE = re.compile(rb"\\x([89a-f][0-9a-f])")  # as path_to_text writes one
 
@@ -24,16 +23,13 @@ def path_from_text(text: str) -> str:
     return os.fsdecode(_ESCAPED_BYTE.sub(lambda byte: bytes.fromhex(byte[1].decode()), text.encode()))
 
 
-def is_ambiguous(path: str) -> bool:
-    r"""Returns True if the text of this path is that of another one, too: if it has a ``\xff`` that is no byte."""
-    return "\\x" in path and bool(_ESCAPED_BYTE.search(os.fsencode(path)))
-
-
 def quote_path(path: str) -> str:
-    """Returns `path` on one line, quoted so that it can be pasted into a shell."""
-    if path.isprintable():
-        return shlex.quote(path)
-    return "$'" + os.fsencode(path).decode("latin-1").encode("unicode_escape").decode().replace("'", "\\'") + "'"
+    """Returns `path` on one line, quoted if need be, so that it can be pasted into a shell."""
+    if not path.isprintable():
+        return "$'" + os.fsencode(path).decode("latin-1").encode("unicode_escape").decode().replace("'", "\\'") + "'"
+    if "'" in path and not set('"$`\\!') & set(path):
+        return f'"{path}"'
+    return shlex.quote(path)
 
 
 def local_path(text: str) -> str:
@@ -43,13 +39,16 @@ def local_path(text: str) -> str:
     return text if os.path.lexists(text) else os.path.expanduser(text)
 
 
-def normalize_folder(folder: str, base: str) -> str:
-    """Returns the one name of `folder` in an index: ``./…`` if it is below `base`, absolute otherwise.
+def normalize_path(path: str, base: str) -> str:
+    """Returns the one name of a file or folder in an index: ``./…`` if it is below `base`, absolute otherwise.
 
-    `base` is an absolute path without symbolic links. Symbolic links in `folder` are resolved, so
-    ``link/..`` is what it is for the shell's commands.
+    `base` is an absolute path without symbolic links. Symbolic links in the folder of `path` are resolved, so that
+    ``link/..`` is what it is for the shell's commands; those of a folder itself, too.
     """
-    path = os.path.realpath(folder)
+    if os.path.isdir(path):
+        path = os.path.realpath(path)
+    else:
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     if path == base:
         return "."
     below = path.removeprefix(base.rstrip(os.sep) + os.sep)
@@ -59,31 +58,29 @@ def normalize_folder(folder: str, base: str) -> str:
 def file_path_to_local(file_path: str, folder: str) -> str:
     """Returns the operating system path for a `file_path` of the index.
 
-    `folder` is the folder, as text, that the index's relative paths belong to.
+    `folder` is the folder that the index's relative paths belong to.
     """
-    return path_from_text(os.path.normpath(os.path.join(folder, file_path)))
+    return path_from_text(os.path.normpath(os.path.join(path_to_text(folder), file_path)))
 
 
 def index_folder(recorded: str | None) -> str:
     """Returns the folder, absolute, that an index's relative paths are relative to.
 
-    It is the one that the index has recorded, as text. Without one, or if it does not exist (it was moved,
-    or the index was created on another machine), it is the working directory.
+    It is the one that the index has recorded, as text. Without one, or if it does not exist (it was moved, or the index
+    was created on another machine), it is the working directory.
     """
     folder = path_from_text(recorded) if recorded else ""
     return folder if os.path.isdir(folder) else os.path.realpath(os.curdir)
 
 
-def query_name(query: str) -> str:
-    """Returns an image to search for as messages name it: a URL without credentials, in its user or query part."""
-    if query == "-":
-        return "standard input"
-    if BUCKET_URL.match(query) and "@" in query.split("/")[2]:  # which is refused, and may hold a password
-        return f"{query.partition('://')[0]}://…"
-    if not HTTP_URL.match(query):
+def without_credentials(query: str) -> str:
+    """Returns a path or URL as messages name it: without a user, a password or a signature."""
+    if not HTTP_URL.match(query) and not BUCKET_URL.match(query):
         return query
     scheme, _, rest = query.partition("://")
     credentials, at, host_and_path = rest.rpartition("@")
+    if BUCKET_URL.match(query):
+        return f"{scheme}://…" if "@" in rest.split("/")[0] else query  # which is refused
     if at and re.search("[/?#]", credentials):  # where such a password ends is unknown
         return f"{scheme}://…"
     return f"{scheme}://{re.split('[?#]', host_and_path)[0]}"

@@ -1,8 +1,9 @@
 """The records: from an image file to a document of the index."""
 
 import hashlib
+import io
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ BATCH_SIZE = 1000  # documents that are looked up, listed or deleted together
 SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
 Embedding = NDArray[np.float32]  # shape (768,)
 
-# Version of everything between a file and its embedding: images.py, decoding_memory.py, models.py, clip.py, embed.py.
-# Increment it if a change there changes an embedding: existing indexes are then refused, not mixed.
+# Version of everything between a file and its embedding: images.py, models/, embed.py. Increment it if a change there
+# changes an embedding: existing indexes are then refused, not mixed.
 PREPROCESSING = 3
 
 
@@ -57,6 +58,18 @@ class IndexMetadata:
     folder: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """The `number`-th of `count` parts of the images; the parts are disjoint and together cover all images."""
+
+    number: int = 1
+    count: int = 1
+
+    def contains(self, id_: str) -> bool:
+        """Returns True if the document with this ``_id``, a SHA-256 in hex, is in this part."""
+        return int(id_[:16], 16) % self.count == self.number - 1
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """An image file as its source found it.
@@ -76,6 +89,21 @@ class ImageFile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", document_id(self.file_path))
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file or folder that is not looked at; `kind` is its extension, or ``hidden`` and the like."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image, a folder or a query that cannot be read or embedded, and why; `name` is that in messages."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +141,31 @@ class OpenedImage:
     mtime: int
     sha256: str
 
+    @classmethod
+    def from_memory(cls, name: str, content: bytes, mtime: int = 0) -> Self:
+        """Returns the image with this content."""
+        return cls(name, io.BytesIO(content), len(content), mtime, hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """An image's embedding. `copied_from` says where it was known already: ``index``, this ``run``, or empty."""
+
+    embedding: Embedding
+    copied_from: Literal["", "index", "run"] = ""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """A document to write: an image that is new, or whose content changed.
 
-    `is_update` is True if it replaces a document, `is_copy` if its embedding was known: it is that of
-    the same content, in the index or earlier in this run.
+    `is_update` is True if it replaces a document.
     """
 
     image: ImageFile
     sha256: str
-    embedding: Embedding
+    embedded: Embedded
     is_update: bool = False
-    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +173,3 @@ class MetadataUpdate:
     """An image whose size or mtime changed but whose content is what the index holds: its embedding stays."""
 
     image: ImageFile
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """An image or a query that cannot be read or embedded, and why; `name` is that in messages."""
-
-    name: str
-    reason: str

@@ -49,9 +49,27 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def exit_on_signals(say_goodbye: Callable[[], None]) -> None:
+    """Lets Ctrl-C (SIGINT) and SIGTERM end the process at once, with 128 and the signal's number.
+
+    Called on the main thread, which then has to wait with `parallel.call_on_thread`: Python runs a handler only there,
+    and not while the thread is inside a library that is not Python.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        say_goodbye()
+        os._exit(128 + number)  # without waiting for threads; what is stored is stored
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+if sys.getfilesystemencoding() != "utf-8":  # paths are bytes or UTF-8, whatever the locale
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no thread of numpy's is needed; they take 0.1 s to start
 _open_standard_streams()
 sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # JSON is UTF-8
 if importlib.util.find_spec("imgbeddings") is None:
-    say("The dependencies are not installed: run pip install -r requirements.txt, or source .venv/bin/activate.")
+    say("The dependencies are not installed: source .venv/bin/activate, or pip install --no-deps -r requirements.txt.")
     sys.exit(UsageError.exit_code)

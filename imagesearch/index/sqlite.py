@@ -1,11 +1,11 @@
-"""The index in one SQLite file: one row per image, searched with sqlite-vec."""
+"""The index in a local SQLite file: one row per image, searched with sqlite-vec."""
 
 import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +34,7 @@ apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
 apsw.initialize()
 
 APPLICATION_ID = 0x494D5345  # "IMSE": marks the file as this project's
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TRANSACTION_SIZE = 128  # documents in one transaction
 BUSY_TIMEOUT_SECONDS = 60
 PAGE_BYTES = 16_384  # four rows
@@ -42,38 +42,33 @@ PAGE_BYTES = 16_384  # four rows
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
-CREATE TABLE IF NOT EXISTS indexes (name TEXT PRIMARY KEY, metadata TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS metadata (record TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS images (
-    index_name TEXT NOT NULL, id TEXT NOT NULL, file_path TEXT NOT NULL, "desc" TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime INTEGER NOT NULL, sha256 TEXT NOT NULL, embedding BLOB NOT NULL -- 768 little-endian float32
+    id TEXT NOT NULL, file_path TEXT NOT NULL, "desc" TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
+    sha256 TEXT NOT NULL, embedding BLOB NOT NULL -- 768 little-endian float32
 );
-CREATE UNIQUE INDEX IF NOT EXISTS images_id ON images (index_name, id);
-CREATE INDEX IF NOT EXISTS images_file_path ON images (index_name, file_path);
-CREATE INDEX IF NOT EXISTS images_desc ON images (index_name, "desc");
-CREATE INDEX IF NOT EXISTS images_sha256 ON images (index_name, sha256);
+CREATE UNIQUE INDEX IF NOT EXISTS images_id ON images (id);
+CREATE INDEX IF NOT EXISTS images_file_path ON images (file_path);
+CREATE INDEX IF NOT EXISTS images_desc ON images ("desc");
+CREATE INDEX IF NOT EXISTS images_sha256 ON images (sha256);
 """
 
-# Without a class, every row is read: + keeps SQLite from looking each one up through an index.
 SEARCH = """
 SELECT id, file_path, "desc", vec_distance_cosine(embedding, :embedding) AS distance FROM images
 WHERE {} ORDER BY distance, file_path LIMIT :k
 """
-SEARCH_ALL = SEARCH.format("+index_name = :name")
-SEARCH_CLASS = SEARCH.format('index_name = :name AND "desc" = :desc')
-
-
-BELOW = "index_name = :name AND file_path > :after AND file_path < :end"  # a range of the index on file_path
+BELOW = "file_path > :after AND file_path < :end"  # a range of the index on file_path
 
 
 class SqliteIndex:
-    """A `WritableIndex` named `name` in the SQLite file `path`, which is created with the index.
+    """A `WritableIndex` in the SQLite file `path`, which is created with the index; its name is the file's.
 
     A file that is not writable, or on a read-only disk, can be searched.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._name = name
+        self._name = path.stem
         self._database: apsw.Connection | None = None
         self._lock = threading.Lock()  # of _database
         self._searcher = threading.local()  # SQLite searches on as many CPUs as there are connections
@@ -114,23 +109,24 @@ class SqliteIndex:
             )
         if version != SCHEMA_VERSION:
             raise UsageError(
-                f"{quote_path(str(self._path))} was made by another version of create.py:"
-                " delete it and run create.py again."
+                f"{quote_path(str(self._path))} was made by another version of create.py: delete it or move it away,"
+                " then run create.py again."
             )
         return database
 
     def get_metadata(self) -> IndexMetadata | None:
-        return self._all_metadata().get(self._name)
+        if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'metadata'"):
+            return None
+        record = json.loads(self._select("SELECT record FROM metadata")[0][0])
+        return IndexMetadata(ModelInfo(**record["model"]), record["folder"])
 
     def list_indexes(self) -> dict[str, str]:
-        return {name: metadata.model.name for name, metadata in self._all_metadata().items()}
-
-    def _all_metadata(self) -> dict[str, IndexMetadata]:
-        """Returns what is recorded about each index in the file."""
-        if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'indexes'"):
-            return {}
-        rows = [(name, json.loads(text)) for name, text in self._select("SELECT name, metadata FROM indexes")]
-        return {name: IndexMetadata(ModelInfo(**record["model"]), record["folder"]) for name, record in rows}
+        models = {}
+        for path in sorted(self._path.parent.glob("*.db")):
+            with suppress(ImageSearchError), SqliteIndex(path) as index:  # other databases
+                if metadata := index.get_metadata():
+                    models[path.stem] = metadata.model.name
+        return models
 
     def create(self, metadata: IndexMetadata) -> None:
         self._database = database = self._database or self._open()
@@ -138,18 +134,17 @@ class SqliteIndex:
             database.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
         with self._transaction():
             database.execute(SCHEMA)
-            row = (self._name, json.dumps(asdict(metadata)))
-            database.execute("INSERT OR IGNORE INTO indexes VALUES (?, ?)", row)
+            record = "INSERT INTO metadata SELECT ? WHERE NOT EXISTS (SELECT * FROM metadata)"
+            database.execute(record, (json.dumps(asdict(metadata)),))
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
-        query = """SELECT id, size, mtime, sha256 FROM images
-                   WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"""
-        return {id_: FileMetadata(*row) for id_, *row in self._select(query, self._name, json.dumps(ids))}
+        query = "SELECT id, size, mtime, sha256 FROM images WHERE id IN (SELECT value FROM json_each(?))"
+        return {id_: FileMetadata(*row) for id_, *row in self._select(query, json.dumps(ids))}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
-        query = """SELECT sha256, embedding FROM images
-                   WHERE index_name = ? AND sha256 IN (SELECT value FROM json_each(?)) GROUP BY sha256"""
-        rows = self._select(query, self._name, json.dumps(sha256s))
+        query = """SELECT sha256, embedding FROM images WHERE sha256 IN (SELECT value FROM json_each(?))
+                   GROUP BY sha256"""
+        rows = self._select(query, json.dumps(sha256s))
         return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
@@ -160,24 +155,19 @@ class SqliteIndex:
 
     def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> list[Document | MetadataUpdate]:
         """Writes documents in one transaction; returns those that are stored: all but updates of what is not there."""
-        insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (index_name, id) DO UPDATE
+        insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
                     SET "desc" = excluded."desc", size = excluded.size, mtime = excluded.mtime,
                         sha256 = excluded.sha256, embedding = excluded.embedding"""
-        update = "UPDATE images SET size = ?, mtime = ? WHERE index_name = ? AND id = ?"
-        rows = [self._row(item) for item in batch if isinstance(item, Document)]
+        update = "UPDATE images SET size = ?, mtime = ? WHERE id = ?"
+        rows = [_row(item) for item in batch if isinstance(item, Document)]
         missing: set[str] = set()
         with self._transaction() as database:
             database.executemany(insert, rows)
             for image in (item.image for item in batch if isinstance(item, MetadataUpdate)):
-                database.execute(update, (image.size, image.mtime, self._name, image.id))
+                database.execute(update, (image.size, image.mtime, image.id))
                 if not database.changes():
                     missing.add(image.id)
         return [item for item in batch if item.image.id not in missing]
-
-    def _row(self, item: Document) -> tuple[Any, ...]:
-        image = item.image
-        file = (image.file_path, image.desc, image.size, image.mtime)
-        return (self._name, image.id, *file, item.sha256, item.embedding.tobytes())
 
     def count_below(self, folder: str) -> int:
         return int(self._select(f"SELECT count(*) FROM images WHERE {BELOW}", self._below(folder))[0][0])
@@ -191,30 +181,38 @@ class SqliteIndex:
 
     def _below(self, folder: str) -> dict[str, str]:
         prefix = folder.rstrip("/")
-        return {"name": self._name, "after": f"{prefix}/", "end": f"{prefix}0"}  # 0 is the character after /
+        return {"after": f"{prefix}/", "end": f"{prefix}0"}  # 0 is the character after /
 
     def delete(self, ids: Sequence[str]) -> int:
-        query = "DELETE FROM images WHERE index_name = ? AND id IN (SELECT value FROM json_each(?))"
+        query = "DELETE FROM images WHERE id IN (SELECT value FROM json_each(?))"
         with self._transaction() as database:
-            database.execute(query, (self._name, json.dumps(ids)))
+            database.execute(query, (json.dumps(ids),))
             return database.changes()
 
     def refresh(self) -> None:
         """Does nothing: what is committed is visible."""
 
     def list_classes(self) -> list[str]:
-        query = 'SELECT DISTINCT "desc" FROM images WHERE index_name = ?'
-        return [desc for (desc,) in self._select(query, self._name)]
+        return [desc for (desc,) in self._select('SELECT DISTINCT "desc" FROM images')]
 
     def search(
-        self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
+        self,
+        embedding: Embedding,
+        k: int,
+        desc: str | None = None,
+        min_score: float | None = None,
+        excluded_id: str | None = None,
     ) -> dict[str, Any]:
         started = time.perf_counter()
         if not hasattr(self._searcher, "database"):
             self._searcher.database = self._open()
-        values = {"name": self._name, "embedding": embedding.astype(np.float32).tobytes(), "k": k, "desc": desc}
+        # + keeps SQLite from looking up each row through an index: without a class, every row is read.
+        conditions = ['"desc" = :desc'] if desc is not None else []
+        conditions += ["+id <> :excluded_id"] if excluded_id is not None else []
+        query = SEARCH.format(" AND ".join(conditions) or "TRUE")
+        values = {"embedding": embedding.tobytes(), "k": k, "desc": desc, "excluded_id": excluded_id}
         with self._explain_errors():
-            rows = self._searcher.database.execute(SEARCH_ALL if desc is None else SEARCH_CLASS, values).fetchall()
+            rows = self._searcher.database.execute(query, values).fetchall()
         hits = [
             {
                 "_index": self._name,
@@ -270,6 +268,11 @@ class SqliteIndex:
             ) from None
         except apsw.Error as error:
             raise ImageSearchError(f"{path} cannot be read or written: {error}.") from None
+
+
+def _row(item: Document) -> tuple[Any, ...]:
+    image, vector = item.image, item.embedded.embedding.tobytes()
+    return (image.id, image.file_path, image.desc, image.size, image.mtime, item.sha256, vector)
 
 
 def _score(distance: float) -> float:

@@ -45,27 +45,27 @@ class Thumbnail:
         return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 
 
-def load_model(name: str, image_count: int | None = None) -> Model:
+def load_model(name: str, is_for_one: bool = False) -> Model:
     """Returns the model that ``--model`` names: ``clip`` (downloaded once), ``thumbnail``, or an ONNX file.
 
-    `image_count` is how many images will be embedded, None for many. Raises ImageSearchError if the model cannot
-    be loaded.
+    If `is_for_one`, it is loaded for one image rather than for many, which changes the speed, not a bit of the result.
+    Raises ImageSearchError if the model cannot be loaded.
     """
     if name == "thumbnail":
         return Thumbnail()
-    from imagesearch.clip import load_onnx  # ONNX Runtime takes a tenth of a second to import
+    from imagesearch.models.clip import load_onnx  # ONNX Runtime takes a tenth of a second to import
 
     if name == "clip":
-        from imagesearch.hub import clip_path
+        from imagesearch.models.hub import clip_path
 
-        return load_onnx(name, clip_path(), image_count)
+        return load_onnx(name, clip_path(), is_for_one)
     path = Path(name).absolute()
     if not os.path.isfile(path):
         raise UsageError(f"--model {quote_path(name)}: no such file. Use an ONNX file, clip or thumbnail.")
-    return load_onnx(path_to_text(str(path)), path, image_count)
+    return load_onnx(path_to_text(str(path)), path, is_for_one)
 
 
-def load_index_model(info: ModelInfo, name: str | None, image_count: int | None = None) -> Model:
+def load_index_model(info: ModelInfo, name: str | None, is_for_one: bool = False) -> Model:
     """Returns the model that made an index: the one recorded in it, or `name`, which must be the same one.
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
@@ -74,7 +74,7 @@ def load_index_model(info: ModelInfo, name: str | None, image_count: int | None 
     if name in MODEL_NAMES and info.name in MODEL_NAMES and name != info.name:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:
-        model = load_model(name or path_from_text(info.name), image_count)
+        model = load_model(name or path_from_text(info.name), is_for_one)
     except UsageError as error:
         if name or info.name in MODEL_NAMES:
             raise

@@ -6,22 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagesearch.cache import model_sha256
 from imagesearch.errors import UsageError
-from imagesearch.images import STRIP_PIXELS
-from imagesearch.parallel import available_cpus
+from imagesearch.models.prepared_model import model_sha256, open_session
 from imagesearch.paths import quote_path
-from imagesearch.prepared_model import prepared_model_path, session_options
 from imagesearch.records import DIMENSIONS, ModelInfo
 
 IMAGE_SIZE = 224
-
-# From so many images on, ONNX Runtime's prepacking of the weights pays: 12 measured with AMX, 18 without it.
-PREPACK_FROM = 12
+STRIP_PIXELS = 1 << 22
 
 # Of each channel: transformers.image_utils.OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
@@ -57,31 +51,29 @@ def import_imgbeddings() -> Any:
     return imgbeddings
 
 
-class Clip(import_imgbeddings()):  # type: ignore[misc]
-    """imgbeddings with one session of its model and a faster preprocessing; a `Model`."""
+class Clip:
+    """imgbeddings on one session of its model, with its preprocessing in numpy; a `Model`."""
 
     def __init__(self, info: ModelInfo, session: Any) -> None:
-        # Not imgbeddings' own __init__, which downloads the model and a tokenizer.
         self.info = info
-        self.session = session
-        self.pca = None
+        imgbeddings = import_imgbeddings()
+        self._imgbeddings = object.__new__(imgbeddings)  # its __init__ downloads the model and a tokenizer
+        self._imgbeddings.session = session
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
         """Returns the model's input for `image`, 8-bit RGB: shape (3, 224, 224), to the last bit imgbeddings' own.
 
-        imgbeddings pads to a square on black, resizes bicubically, and normalizes. Here the square is never
-        made: since Pillow resizes along rows first, then along columns, the rows are resized a strip at a
-        time, padded in width only, and the narrow result is padded in height.
+        It is padded to a square on black, resized bicubically, and normalized. Since Pillow resizes along rows first,
+        they are resized some at a time, padded in width only, so that no square of a long picture is made.
         """
         side = max(image.size)
         left, top = (side - image.width) // 2, (side - image.height) // 2
         narrow = Image.new("RGB", (IMAGE_SIZE, side))
         rows = max(1, STRIP_PIXELS // side)
         for y in range(0, image.height, rows):
-            height = min(rows, image.height - y)
-            strip = Image.new("RGB", (side, height))
-            strip.paste(image.crop((0, y, image.width, y + height)), (left, 0))
-            narrow.paste(strip.resize((IMAGE_SIZE, height), Image.Resampling.BICUBIC), (0, top + y))
+            strip = Image.new("RGB", (side, min(rows, image.height - y)))
+            strip.paste(image.crop((0, y, image.width, y + strip.height)), (left, 0))
+            narrow.paste(strip.resize((IMAGE_SIZE, strip.height), Image.Resampling.BICUBIC), (0, top + y))
         square = narrow.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         values = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
         values /= np.float32(255)
@@ -95,22 +87,25 @@ class Clip(import_imgbeddings()):  # type: ignore[misc]
         One image at a time: ONNX Runtime derives the scales of the quantized activations from a whole
         batch, so in a batch an embedding would depend on the other images.
         """
-        (embedding,) = self.create_embeddings({"pixel_values": pixels[None]})
+        (embedding,) = self._imgbeddings.create_embeddings({"pixel_values": pixels[None]})
         return np.asarray(embedding, np.float32)
 
 
-def load_onnx(name: str, path: Path, image_count: int | None) -> Clip:
+def load_onnx(name: str, path: Path, is_for_one: bool) -> Clip:
     """Returns the ONNX model in `path`, which has imgbeddings' input and output; `name` is recorded in the index.
 
-    `image_count` is how many images will be embedded, None for many: it changes the speed, not a bit of the result.
     Raises UsageError for a file that is not such a model.
     """
     quoted = quote_path(str(path))
     try:
         sha256 = model_sha256(path)
-        session = _open_session(path, prepared_model_path(path, sha256), image_count)
+        session = open_session(path, sha256, is_for_one)
+    except UsageError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise UsageError(f"{quoted} is not an ONNX model that can be run: {' '.join(str(error).split())}") from None
+        again = " If it was downloaded, delete it and run the command again." if name == "clip" else ""
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{quoted} is not an ONNX model that can be run: {reason.rstrip('.')}.{again}") from None
     inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
     outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
     if inputs != [("pixel_values", "tensor(float)", [3, IMAGE_SIZE, IMAGE_SIZE])]:
@@ -126,20 +121,3 @@ def load_onnx(name: str, path: Path, image_count: int | None) -> Clip:
     if isinstance(batch_size, int) and batch_size != 1:
         raise UsageError(f"{quoted}: it takes {batch_size} images at a time, not one.")
     return Clip(ModelInfo(name, sha256), session)
-
-
-def _open_session(path: Path, prepared: Path, image_count: int | None) -> Any:
-    """Returns a session on the prepared model, or on `path` itself if the prepared one was damaged."""
-    options = session_options(threads=available_cpus() if image_count == 1 else 1)
-    if prepared != path:
-        options.add_session_config_entry("session.load_model_format", "ORT")
-        options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
-        options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
-        if image_count is not None and image_count < PREPACK_FROM:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            return onnxruntime.InferenceSession(str(prepared), options, providers=["CPUExecutionProvider"])
-        except Exception:  # ONNX Runtime verifies the file
-            prepared.unlink(missing_ok=True)  # the next run makes it again
-            options = session_options(options.intra_op_num_threads)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

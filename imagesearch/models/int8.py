@@ -16,13 +16,26 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from imagesearch.errors import UsageError
+from imagesearch.paths import quote_path
 
-def rewrite(path: Path) -> bytes | None:
-    """Returns the model in `path` with int8 weights, None if it has no weights to rewrite.
+
+def load(path: Path) -> Any:
+    """Returns the ONNX model in `path`. Raises UsageError if its weights are in files beside it, onnx's errors."""
+    model = onnx.load(path, load_external_data=False)
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise UsageError(
+            f"{quote_path(str(path))} keeps weights in files beside it: save it as one file"
+            " (onnx.save_model with save_as_external_data=False)."
+        )
+    return model
+
+
+def rewrite(model: Any) -> bytes | None:
+    """Returns the model with int8 weights, None if it has no weights to rewrite; changes `model`.
 
     All or nothing: None unless the weights of every `MatMulInteger` are constant, uint8, and used by nothing else.
     """
-    model = onnx.load(path)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     uses: dict[str, set[tuple[str, int]]] = {}
@@ -34,7 +47,7 @@ def rewrite(path: Path) -> bytes | None:
         tensor = constants.get(name)
         return (
             tensor is not None
-            and tensor.data_type == onnx.TensorProto.UINT8
+            and tensor.data_type == TensorProto.UINT8
             and uses[name] == {(operator, position)}
             and name not in {output.name for output in graph.output}
         )

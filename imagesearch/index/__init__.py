@@ -4,11 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from imagesearch.connection import Connection
-from imagesearch.errors import UsageError
-from imagesearch.paths import quote_path
+from imagesearch.index.connection import Connection
 from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
-from imagesearch.retry import Retry
+
+INDEX_TYPES = ("hnsw", "int8_hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
 
 
 class Index(Protocol):
@@ -23,7 +22,7 @@ class Index(Protocol):
 
     @property
     def location(self) -> str:
-        """Where the index is, as messages say it: the file, or the hosts."""
+        """Where the index is, as messages say it: the file, or the address."""
 
     @property
     def max_searches(self) -> int:
@@ -48,11 +47,17 @@ class Index(Protocol):
         """Returns the classes (`desc`) that documents have, at most 10,000."""
 
     def search(
-        self, embedding: Embedding, k: int, desc: str | None = None, min_score: float | None = None
+        self,
+        embedding: Embedding,
+        k: int,
+        desc: str | None = None,
+        min_score: float | None = None,
+        excluded_id: str | None = None,
     ) -> dict[str, Any]:
         """Returns Elasticsearch's response with the `k` documents nearest to `embedding`.
 
-        With `desc` only documents of this class, with `min_score` only those that score at least this.
+        With `desc` only documents of this class, with `min_score` only those that score at least this, without the
+        document whose ``_id`` is `excluded_id`.
         """
 
 
@@ -82,30 +87,31 @@ class WritableIndex(Index, Protocol):
 
 
 def open_index(name: str, connection: Connection | None, database: Path) -> Index:
-    """Returns the index `name` on Elasticsearch, or in the file `database` if there is no connection.
+    """Returns the index `name` on Elasticsearch, or the local file `database` if there is no connection.
 
-    Each kind is imported when it is used. Raises UsageError if there is no such file.
+    Each kind is imported when it is used.
     """
     if connection is None:
-        from imagesearch.sqlite_index import SqliteIndex
+        from imagesearch.index.sqlite import SqliteIndex
 
-        if not database.exists():
-            raise UsageError(
-                f"There is no file {quote_path(str(database))}: are you in the right folder? create.py makes it;"
-                " --db names one elsewhere."
-            )
-        return SqliteIndex(database, name)
-    from imagesearch.elasticsearch_search import ElasticsearchSearch
+        return SqliteIndex(database)
+    from imagesearch.index.elasticsearch import ElasticsearchIndex, open_session, session_transport
 
-    return ElasticsearchSearch(connection, name)
+    session = open_session(connection)
+    return ElasticsearchIndex(connection, name, session, session_transport(session, connection))
 
 
-def open_writable_index(name: str, connection: Connection | None, database: Path, retry: Retry) -> WritableIndex:
-    """Returns the index as `open_index` does, to be written to; requests to Elasticsearch are retried by `retry`."""
+def open_writable_index(
+    name: str, connection: Connection | None, database: Path, index_type: str | None
+) -> WritableIndex:
+    """Returns the index as `open_index` does, to be written to; on Elasticsearch with this `index_type`, if not None.
+
+    Requests to Elasticsearch are retried for two minutes, after the first one.
+    """
     if connection is None:
-        from imagesearch.sqlite_index import SqliteIndex
+        from imagesearch.index.sqlite import SqliteIndex
 
-        return SqliteIndex(database, name)
-    from imagesearch.elasticsearch_index import ElasticsearchIndex
+        return SqliteIndex(database)
+    from imagesearch.index.elasticsearch_writer import WritableElasticsearchIndex
 
-    return ElasticsearchIndex(connection, name, retry)
+    return WritableElasticsearchIndex(connection, name, index_type)
