@@ -1,7 +1,7 @@
 """Runs of the scripts in processes forked from one that has made their imports: a tenth of the CPU time.
 
-`bucket`, `hub` and `start` look at the environment when they are imported, so each fork imports them itself. What needs
-a new Python is run by `Scripts.start`.
+`start` looks at the environment and the arguments when it is imported, so each fork imports it itself. What needs a new
+Python is run by `Scripts.start`.
 """
 
 import multiprocessing
@@ -15,17 +15,27 @@ from pathlib import Path
 
 import PIL
 
-from tests.server import ROOT
-
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
-LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec", "tqdm"]
-LIBRARIES += [f"PIL.{plugin}" for plugin in PIL._plugins]
-MODULES = {path.stem for path in (ROOT / "imagesearch").glob("*.py")} - {"__init__", "start", "bucket", "hub"}
+LIBRARIES += [
+    "onnx",
+    "onnxruntime",
+    "orjson",
+    "pi_heif",
+    "PIL.Image",
+    "PIL.ImageCms",
+    "requests",
+    "sqlite_vec",
+    "jinja2",
+    "tqdm",
+]
+LIBRARIES += ["jinja2", "tqdm", *(f"PIL.{plugin}" for plugin in PIL._plugins)]
+MODULES = ["arguments", "embed", "progress", "results_page", "sources.bucket", "sources.folder", "sources.web"]
+MODULES += ["index.elasticsearch_writer", "index.sqlite", "models.clip", "models.int8"]
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as imagesearch/start.py does, before numpy is imported
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*LIBRARIES, *(f"imagesearch.{name}" for name in sorted(MODULES))])
+_context.set_forkserver_preload([*LIBRARIES, *(f"imagesearch.{name}" for name in MODULES)])
 
 
 def run(

@@ -2,28 +2,26 @@
 
 import json
 import os
+import pty
 import re
-import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from imagesearch.connection import Connection
 from imagesearch.index import WritableIndex, open_writable_index
+from imagesearch.index.connection import Connection
 from imagesearch.records import document_id
-from imagesearch.retry import NO_RETRY
 from tests import forked
-from tests.server import ROOT, Cluster, Server
-from tests.tcp_proxy import TcpProxy
+from tests.server import ROOT, request
 
 RUN_SECONDS = 120  # which no script takes
 
@@ -34,15 +32,32 @@ class Scripts:
 
     folder: Path
     environment: dict[str, str]
-    leaves_out_db: bool = True
     index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
+    model: str = "thumbnail"
+    home: Path | None = None
+    """The folder of the local index file, if it is not `folder`."""
+
+    @property
+    def on_elasticsearch(self) -> bool:
+        return "ES_URL" in self.environment
+
+    @property
+    def database(self) -> Path:
+        return (self.home or self.folder) / f"{self.index}.db"
+
+    def arguments(self, script: str, *arguments: object) -> list[str]:
+        """Python's arguments for a script."""
+        model = ["--model", self.model] if script == "create.py" and "--model" not in arguments else []
+        named = {"--index", "--db"} & set(arguments)
+        index = ["--db", str(self.database)] if self.home and not self.on_elasticsearch else ["--index", self.index]
+        return [str(ROOT / script), *model, *([] if named else index), *map(str, arguments)]
 
     def start(
         self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
     ) -> "subprocess.Popen[str]":
         """Starts a script; its output is text, on pipes."""
         return subprocess.Popen(
-            [sys.executable, *self.arguments(script, arguments, environment)],
+            [sys.executable, *self.arguments(script, *arguments)],
             cwd=self.folder,
             env=self.environment | environment,
             text=True,
@@ -50,13 +65,6 @@ class Scripts:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-
-    def arguments(self, script: str, arguments: Sequence[object], environment: dict[str, str]) -> list[str]:
-        """Python's arguments for a script; ``--db`` is left out where the index is on Elasticsearch."""
-        if self.leaves_out_db and "ES_URL" in self.environment | environment and "--db" in arguments:
-            place = arguments.index("--db")
-            arguments = [*arguments[:place], *arguments[place + 2 :]]
-        return [str(ROOT / script), *map(str, arguments), "--index", self.index]
 
     def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Runs a script to its end: in a fork, or in a new Python if PYTHON… or LC_… variables differ."""
@@ -66,20 +74,48 @@ class Scripts:
             stdout, stderr = process.communicate(timeout=RUN_SECONDS)
             done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
         else:
-            done = forked.run(self.arguments(script, arguments, environment), self.folder, settings, RUN_SECONDS)
+            done = forked.run(self.arguments(script, *arguments), self.folder, settings, RUN_SECONDS)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def shell(self, command: str) -> "subprocess.CompletedProcess[str]":
-        """Runs a command line with bash."""
+    def shell(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Runs a command line with bash; `CREATE` and `SEARCH` are the scripts on this index."""
+        for name, script in (("CREATE", "create.py"), ("SEARCH", "search.py")):
+            command = command.replace(name, " ".join([sys.executable, *self.arguments(script)]))
         return subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
+    def on_a_terminal(
+        self, script: str, *arguments: object, columns: int = 80, stdout: bool = False
+    ) -> tuple[int, str]:
+        """Runs a script whose stderr, and `stdout` too if wanted, is a terminal; its exit code and what is shown."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, columns))
+        shown = b""
+        with subprocess.Popen(
+            [sys.executable, *self.arguments(script, *arguments)],
+            cwd=self.folder,
+            env=self.environment | {"TERM": "xterm"},
+            stderr=theirs,
+            stdout=theirs if stdout else subprocess.DEVNULL,
+        ) as process:
+            os.close(theirs)
+            with suppress(OSError):  # the other end has been closed
+                while part := os.read(ours, 4096):
+                    shown += part
+        os.close(ours)
+        assert b"Traceback" not in shown, shown
+        return process.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode())
+
     def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
-        """Runs create.py with the thumbnail model, unless told otherwise, to the exit `code`; its stderr."""
-        model = () if "--model" in arguments else ("--model", "thumbnail")
-        done = self.run("create.py", *model, *arguments, **environment)
+        """Runs create.py to the exit `code`; its stderr."""
+        done = self.run("create.py", *arguments, **environment)
         assert done.returncode == code, done.stderr
         return done.stderr
 
@@ -89,12 +125,53 @@ class Scripts:
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
+    def hits(self, query: object, *arguments: object) -> list[dict[str, Any]]:
+        """The hits of one query."""
+        found: list[dict[str, Any]] = self.search(query, *arguments)[0]["hits"]["hits"]
+        return found
+
+    def fail(self, code: int, **environment: str) -> str:
+        """Runs both scripts, which both fail with the same line; that line."""
+        (self.folder / "images").mkdir(exist_ok=True)
+        done = [self.run(*command, **environment) for command in (("create.py",), ("search.py", "images/a.png"))]
+        assert [(each.returncode, each.stdout) for each in done] == [(code, "")] * 2, done
+        lines = {each.stderr.split(": ", 1)[1] for each in done}
+        assert len(lines) == 1 and all(each.stderr.count("\n") == 1 for each in done), lines
+        return lines.pop()
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """Sends a request to Elasticsearch; its JSON."""
+        return request(self.environment["ES_URL"], self.environment["ES_CA_CERT"], method, path, body)
+
+    def count(self) -> int:
+        """How many documents the index has; 0 before there is one."""
+        if self.on_elasticsearch:
+            with suppress(AssertionError):
+                self.request("POST", f"{self.index}/_refresh")
+                return int(self.request("GET", f"{self.index}/_count")["count"])
+        elif self.database.exists():
+            with closing(sqlite3.connect(self.database)) as database, suppress(sqlite3.OperationalError):
+                return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
+        return 0
+
+    def open_index(self) -> WritableIndex:
+        """The index that the scripts use."""
+        return open_writable_index(self.index, Connection.from_env(self.environment), self.database, None)
+
     def paths(self) -> list[str]:
         """The `file_path` of every document, sorted."""
-        anything = self.folder / "anything.png"
-        Image.new("RGB", (20, 20), "teal").save(anything)
-        hits = self.search(anything, "-k", 10_000)[0]["hits"]["hits"]
-        return sorted(hit["fields"]["file_path"][0] for hit in hits)
+        with self.open_index() as index:
+            index.get_metadata()
+            return sorted([*index.list_paths("."), *index.list_paths("/"), *index.list_paths("s3:/")])
+
+    def embeddings(self) -> dict[str, bytes]:
+        """The bits of every embedding in the index, by path."""
+        with self.open_index() as index:
+            assert index.get_metadata()
+            ids = {document_id(path): path for path in index.list_paths(".")}
+            found = index.get_file_metadata(list(ids))
+            vectors = index.find_embeddings([metadata.sha256 for metadata in found.values()])
+            return {ids[id_]: vectors[metadata.sha256].tobytes() for id_, metadata in found.items()}
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -103,75 +180,29 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def scripts_on(nodes: Cluster, folder: Path, cache: Path) -> Scripts:
-    """The scripts on a cluster, run in `folder`."""
-    return Scripts(folder, environment(cache) | {"ES_URL": nodes.url, "ES_CA_CERT": str(nodes.ca)})
-
-
-def behind(proxy: TcpProxy, scripts: Scripts) -> str:
-    """`ES_URL` for the scripts' server behind a proxy."""
-    return re.sub(r":\d+$", f":{proxy.port}", scripts.environment["ES_URL"])
-
-
-# Python imports it at its start: each call of the model appends a byte to a file.
-COUNTING = """
-import imagesearch.models as models
-embed = models.Thumbnail.embed
-def counting(self, pixels):
-    with open({path!r}, "ab") as file:
-        file.write(b".")
-    return embed(self, pixels)
-models.Thumbnail.embed = counting
-"""
-
-MANY = 2500  # images in `many_images`
-
 KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
 COUNTS = re.compile(
-    rf"^(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"
+    rf"(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"
     r"(, (?P<unchanged>[\d,]+) unchanged)?(, (?P<deleted>[\d,]+) deleted)?(, (?P<unreadable>[\d,]+) unreadable)?"
-    r" in [\d.]+ s( \([\d.]+ images/s embedded\))?(; index [^;\n]+)?(; skipped: (?P<skipped>.+))?$",
-    re.MULTILINE,
+    r" in [\d.]+ s(; index [^;\n]+)?(; skipped: (?P<skipped>.+))?",
 )
-
-
-def summary(stderr: str) -> dict[str, str]:
-    """The summary's parts that are not 0."""
-    found = COUNTS.search(stderr)
-    assert found, stderr
-    parts = {name: value for name, value in found.groupdict().items() if value not in ("0", None)}
-    if "also_known" in parts:
-        parts["known"] = parts.pop("also_known")
-    return parts
 
 
 def counts(stderr: str) -> dict[str, int]:
     """The summary's counts that are not 0."""
-    return {name: int(value.replace(",", "")) for name, value in summary(stderr).items() if name != "skipped"}
+    found = COUNTS.search(stderr)
+    assert found, stderr
+    parts = {name: value for name, value in found.groupdict().items() if value not in ("0", None) and name != "skipped"}
+    if "also_known" in parts:
+        parts["known"] = parts.pop("also_known")
+    return {name: int(value.replace(",", "")) for name, value in parts.items()}
 
 
-def count(scripts: Scripts, refresh: bool = True) -> int:
-    """How many documents the index has; 0 before there is one."""
-    server = Server(scripts.environment["ES_URL"], scripts.environment["ES_CA_CERT"])
-    try:
-        if refresh:
-            server.request("POST", f"{scripts.index}/_refresh")
-        return int(server.request("GET", f"{scripts.index}/_count")["count"])
-    except AssertionError:
-        return 0
-
-
-def rows(path: Path) -> int:
-    """How many documents the local file has; 0 before there is one."""
-    if not path.exists():
-        return 0
-    database = sqlite3.connect(path)
-    try:
-        return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
-    finally:
-        database.close()
+def skipped(stderr: str) -> list[str]:
+    """What the summary says was skipped, sorted."""
+    found = COUNTS.search(stderr)
+    assert found, stderr
+    return sorted((found["skipped"] or "").split(", "))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -197,72 +228,7 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     raise AssertionError(f"the script ended without {text!r}")
 
 
-def wait_for_start(process: "subprocess.Popen[str]") -> None:
-    """Waits until a script's first import has removed Python's SIGINT handler; what comes before is Python's own.
-
-    Python ignores SIGPIPE a moment before it installs that handler. So it must have been there; or, if it was missed,
-    a module must be loaded that the scripts import after their first one.
-    """
-    was_there = False
-    while process.poll() is None:
-        if signal.SIGINT in signals(process.pid, "SigCgt"):
-            was_there = True
-        elif signal.SIGPIPE in signals(process.pid, "SigIgn") and (was_there or "_hashlib" in maps(process.pid)):
-            return
-        time.sleep(0.001)
-
-
-def maps(pid: int) -> str:
-    """The files that a process has mapped into its memory."""
-    return Path(f"/proc/{pid}/maps").read_text()
-
-
-def signals(pid: int, mask: str) -> set[int]:
-    """The signals in a process's mask: SigIgn, those it ignores, or SigCgt, those it handles."""
-    bits = int(re.findall(rf"{mask}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
-    return {number for number in range(1, 65) if bits & 1 << (number - 1)}
-
-
-def calls(scripts: Scripts) -> int:
-    """How often the model was called since the last time."""
-    path = scripts.folder / "calls"
-    number = path.stat().st_size if path.exists() else 0
-    path.unlink(missing_ok=True)
-    return number
-
-
-def open_scripts_index(scripts: Scripts, folder: Path) -> WritableIndex:
-    """The index that the scripts use; in `folder`, if it is a local file."""
-    connection = Connection.from_env(scripts.environment)
-    return open_writable_index(scripts.index, connection, folder / "imagesearch.db", NO_RETRY)
-
-
-def embeddings(scripts: Scripts, folder: Path) -> dict[str, bytes]:
-    """The bits of every embedding in the index, by path."""
-    with open_scripts_index(scripts, folder) as index:
-        assert index.get_metadata()
-        ids = {document_id(path): path for path in index.list_paths(".")}
-        found = index.get_file_metadata(list(ids))
-        vectors = index.find_embeddings([metadata.sha256 for metadata in found.values()])
-        return {ids[id_]: vectors[metadata.sha256].tobytes() for id_, metadata in found.items()}
-
-
-def hits(scripts: Scripts, query: object, *arguments: object) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = scripts.search(query, *arguments)[0]["hits"]["hits"]
-    return found
-
-
-def start_recipe(document: str, beginning: str, scripts: Scripts, **environment: str) -> "subprocess.Popen[str]":
-    """Starts the block of commands in `document` that begins so, with the test's index in place of `images`."""
-    text = (ROOT / document).read_text()
-    found = re.search(rf"^```sh\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert found
-    commands = found[1].replace("images", scripts.index)
-    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
-    return subprocess.Popen(
-        ["bash", "-ec", commands.replace("python3 create.py", ours)],
-        cwd=scripts.folder,
-        env=scripts.environment | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Returns True if a process has a handler for a signal, as create.py has once its arguments are read."""
+    bits = int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[0], 16)
+    return bool(bits & 1 << (number - 1))

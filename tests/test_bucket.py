@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
-
 from imagesearch.content import MAX_CONTENT_BYTES
+
 from tests.http_servers import Answering, serving
 from tests.pictures import png
 from tests.running import Scripts, counts, end, hits, read_until, rows, summary, wait_until

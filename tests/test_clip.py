@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from imagesearch.cache import cache_folder, model_sha256
 from onnx import numpy_helper
 from PIL import Image
 
 from imagesearch import clip
-from imagesearch.cache import cache_folder, model_sha256
 from imagesearch.errors import ImageSearchError
 from imagesearch.models import load_model
 from imagesearch.records import DIMENSIONS

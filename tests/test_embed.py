@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from imagesearch.folder import FolderSource, open_file
+from imagesearch.interrupt import Interrupt
+from imagesearch.queries import embed_queries
 from PIL import Image
 
 from imagesearch import embed
 from imagesearch.embed import Embedder, embed_images
 from imagesearch.errors import ImageSearchError
-from imagesearch.folder import FolderSource, open_file
 from imagesearch.images import image_extensions
-from imagesearch.interrupt import Interrupt
 from imagesearch.models import Model, Thumbnail
 from imagesearch.parallel import available_cpus
-from imagesearch.queries import embed_queries
 from imagesearch.records import (
     Candidate,
     Document,

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from imagesearch import elasticsearch_index, retry, sqlite_index
 from imagesearch.connection import Connection
 from imagesearch.elasticsearch_index import BULK_REQUESTS, BULK_SIZE, ElasticsearchIndex
 from imagesearch.interrupt import Interrupt
-from imagesearch.records import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
 from imagesearch.retry import Retry
+
+from imagesearch import elasticsearch_index, retry, sqlite_index
+from imagesearch.records import Document, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
 from tests.http_servers import NotElasticsearch
 from tests.pictures import Picture, averaging_model
 from tests.running import (

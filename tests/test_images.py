@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+from imagesearch.folder import FolderSource
 from PIL import Image
 
 from imagesearch import images
-from imagesearch.folder import FolderSource
 from imagesearch.images import FORMATS, image_extensions
 from imagesearch.paths import file_path_to_local, normalize_folder, path_from_text, path_to_text, quote_path
 from imagesearch.records import ImageFile

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from imagesearch.cache import cache_folder
+from imagesearch.int8 import rewrite, write_probe
+from imagesearch.prepared_model import PROBE_WEIGHTS, multiplies_exactly, prepared_model_path
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from imagesearch import int8, prepared_model
-from imagesearch.cache import cache_folder
-from imagesearch.int8 import rewrite, write_probe
 from imagesearch.models import load_model
-from imagesearch.prepared_model import PROBE_WEIGHTS, multiplies_exactly, prepared_model_path
 from tests.pictures import averaging_model
 
 

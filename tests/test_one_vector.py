@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from PIL import Image
-
 from imagesearch.clip import import_imgbeddings
 from imagesearch.connection import Connection
+from PIL import Image
+
 from imagesearch.index import open_index
 from tests.running import Scripts, counts
 from tests.server import ROOT

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import imagesearch.content
 import imagesearch.web
+import pytest
 from imagesearch.web import open_url
+
 from tests.certificates import CA
 from tests.http_servers import REPLIES, Web, redirect, serving
 from tests.pictures import png

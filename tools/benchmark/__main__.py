@@ -29,26 +29,26 @@ from typing import Any
 import numpy as np
 import obstore
 import onnxruntime
+from imagesearch.cache import model_sha256
+from imagesearch.connection import Connection
+from imagesearch.elasticsearch_index import PROPERTIES, ElasticsearchIndex
+from imagesearch.elasticsearch_search import META_KEY
+from imagesearch.folder import FolderSource
+from imagesearch.int8 import write_probe
+from imagesearch.prepared_model import prepared_model_path
+from imagesearch.retry import NO_RETRY
+from imagesearch.sqlite_index import SqliteIndex
 from obstore.store import from_url
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from imagesearch import clip
-from imagesearch.cache import model_sha256
-from imagesearch.connection import Connection
-from imagesearch.elasticsearch_index import PROPERTIES, ElasticsearchIndex
-from imagesearch.elasticsearch_search import META_KEY
 from imagesearch.files import stream_sha256
-from imagesearch.folder import FolderSource
 from imagesearch.images import open_rgb
 from imagesearch.index import WritableIndex
-from imagesearch.int8 import write_probe
 from imagesearch.models import Thumbnail
 from imagesearch.parallel import available_cpus
-from imagesearch.prepared_model import prepared_model_path
 from imagesearch.records import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
-from imagesearch.retry import NO_RETRY
-from imagesearch.sqlite_index import SqliteIndex
 from tests.clip_model import build, build_processor
 from tests.server import ROOT, S3, Cluster
 from tools.benchmark.tutorial import load as load_as_tutorial

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from imagesearch.connection import Connection
+from imagesearch.elasticsearch_index import ElasticsearchIndex
+from imagesearch.retry import NO_RETRY
+from imagesearch.sqlite_index import SqliteIndex
 from numpy.typing import NDArray
 
 from imagesearch import elasticsearch_index as module
-from imagesearch.connection import Connection
-from imagesearch.elasticsearch_index import ElasticsearchIndex
 from imagesearch.records import DIMENSIONS, Document, ImageFile, IndexMetadata, ModelInfo
-from imagesearch.retry import NO_RETRY
-from imagesearch.sqlite_index import SqliteIndex
 from tests.server import ROOT, Cluster
 from tools.benchmark.timing import can_drop, drop, timed
 

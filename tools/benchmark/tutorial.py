@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from elasticsearch import Elasticsearch
-
 from imagesearch.clip import import_imgbeddings
 from imagesearch.connection import Connection
+
 from tests.certificates import trusting_session
 
 

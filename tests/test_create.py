@@ -1,0 +1,304 @@
+"""create.py as a user runs it, on the local file and on a real Elasticsearch over TLS."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from imagesearch.parallel import available_cpus
+from tests.pictures import Picture, averaging_model, image
+from tests.running import Scripts, counts, skipped
+from tests.server import ROOT
+
+# Python imports it at its start: each call of the model appends a byte to a file.
+COUNTING = """
+import imagesearch.models as models
+embed = models.Thumbnail.embed
+def counting(self, pixels):
+    with open({path!r}, "ab") as file:
+        file.write(b".")
+    return embed(self, pixels)
+models.Thumbnail.embed = counting
+"""
+
+
+@pytest.fixture
+def model_calls(scripts: Scripts) -> Path:
+    """A file that has a byte for each call of the scripts' model."""
+    path = scripts.folder / "calls"
+    path.touch()
+    (scripts.folder / "sitecustomize.py").write_text(COUNTING.format(path=str(path)))
+    scripts.environment["PYTHONPATH"] = os.pathsep.join([str(scripts.folder), str(ROOT)])
+    return path
+
+
+def test_a_second_run_embeds_only_what_changed(scripts: Scripts, bird_images: list[Path], picture: Picture) -> None:
+    assert counts(scripts.create()) == {"new": 31}
+    assert counts(scripts.create()) == {"unchanged": 31}
+    picture("images/Osprey/4.png", seed=9999)  # other content
+    os.utime(bird_images[0])  # touched, same content
+    picture("images/Osprey/new.png")
+    assert counts(scripts.create()) == {"new": 1, "updated": 1, "unchanged": 30}
+    assert counts(scripts.create()) == {"unchanged": 32}
+    (hit,) = scripts.hits(bird_images[14])
+    assert hit["fields"]["file_path"] == ["./images/Osprey/4.png"]
+    assert hit["_score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_renamed_folder_is_not_embedded_again(scripts: Scripts, model_calls: Path, picture: Picture) -> None:
+    for number in range(40):
+        picture(f"images/unsorted/{number}.png", size=(8, 8), seed=number)
+    assert counts(scripts.create()) == {"new": 40}
+    before = scripts.embeddings()
+    (scripts.folder / "images" / "unsorted").rename(scripts.folder / "images" / "Osprey")
+    assert counts(scripts.create("--prune")) == {"new": 40, "known": 40, "deleted": 40}
+    assert model_calls.stat().st_size == 40
+    assert scripts.embeddings() == {path.replace("unsorted", "Osprey"): bits for path, bits in before.items()}
+    (hit,) = scripts.hits("images/Osprey/7.png")
+    assert hit["fields"] == {"file_path": ["./images/Osprey/7.png"], "desc": ["Osprey"]}
+
+
+def test_copies_are_embedded_once(scripts: Scripts, model_calls: Path, picture: Picture) -> None:
+    for number in range(30):
+        picture(f"images/{number}.png", size=(8, 8), seed=number % 3)
+    found = counts(scripts.create())
+    embedded = model_calls.stat().st_size
+    assert 3 <= embedded <= 3 * available_cpus()  # the same content may be embedded on two CPUs at one moment
+    assert found == {"new": 30, "known": 30 - embedded}
+    picture("images/0.png", size=(8, 8), seed=1)  # the content of 1.png
+    picture("images/new.png", size=(8, 8), seed=99)
+    assert counts(scripts.create()) == {"new": 1, "updated": 1, "known": 1, "unchanged": 29}
+    assert model_calls.stat().st_size == embedded + 1
+    scripts.index += "-other"  # another index is no source of embeddings
+    assert counts(scripts.create())["new"] == 31
+
+
+def test_hidden_and_other_files_are_skipped_and_counted_by_kind(scripts: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    picture("images/.b.png")
+    (scripts.folder / "images" / "again").symlink_to(".")
+    for name in ("notes.txt", "more.txt", "vector.svg", "README", "x.a \x1b]0;title\x07"):
+        (scripts.folder / "images" / name).write_text("no image")
+    stderr = scripts.create()
+    assert counts(stderr) == {"new": 1}
+    link = "1 ./images/again (a link to a folder already found)"
+    assert {"2 .txt", "1 .svg", "1 hidden", "1 without extension", link} <= set(skipped(stderr))
+    assert "\x1b" not in stderr
+
+
+def test_unreadable_images_are_named_and_the_rest_goes_on(scripts: Scripts, bird_images: list[Path]) -> None:
+    for path in bird_images[:25]:
+        path.write_bytes(b"no image")
+    stderr = scripts.create(code=1)
+    assert counts(stderr) == {"new": 6, "unreadable": 25}
+    assert "Cannot read ./images/Bald_Eagle/0.png: not an image that Pillow can read\n" in stderr
+    assert stderr.count("Cannot read") == 25  # all of them: stderr is no terminal
+    assert "Fix or move them, or leave them: the others are indexed." in stderr
+
+
+def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, bird_images: list[Path]) -> None:
+    scripts.create()
+    model = averaging_model(scripts.folder / "model.onnx")
+    (scripts.folder / "images" / "new.png").write_bytes(bird_images[0].read_bytes())
+    stderr = scripts.create("--model", model, code=2)
+    assert "made with --model thumbnail" in stderr and "--index" in stderr
+    assert counts(scripts.create()) == {"new": 1, "known": 1, "unchanged": 31}
+
+
+def test_without_model_create_uses_that_of_the_index(scripts: Scripts, picture: Picture) -> None:
+    """And does not try to download CLIP first."""
+    picture("images/a.png")
+    model = averaging_model(scripts.folder / "model.onnx")
+    scripts.create("--model", model)
+    done = scripts.shell(f"{sys.executable} {ROOT}/create.py --index {scripts.index}")
+    assert done.returncode == 0 and counts(done.stderr) == {"unchanged": 1}, done.stderr
+    model.rename(scripts.folder / "moved.onnx")
+    done = scripts.shell(f"{sys.executable} {ROOT}/create.py --index {scripts.index}")
+    assert done.returncode == 2 and "use --model FILE to say where it is now" in done.stderr
+    assert counts(scripts.create("--model", "moved.onnx")) == {"unchanged": 1}  # a file is known by its content
+
+
+def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, bird_images: list[Path]) -> None:
+    stderr = scripts.create("--model", "clip", code=1)
+    assert stderr.splitlines()[-1].startswith("create.py: CLIP could not be downloaded")
+    assert "--model FILE" in stderr and "--model thumbnail" in stderr
+    assert scripts.count() == 0
+
+
+def test_a_line_says_which_index_and_model_are_used(scripts: Scripts, bird_images: list[Path]) -> None:
+    where = r"https://localhost:\d+" if scripts.on_elasticsearch else rf"{scripts.index}\.db"
+    line = rf"Index {scripts.index} in {where}, made with the model thumbnail \(a baseline, not CLIP\)\.\n"
+    assert re.match(line, scripts.create())
+    assert re.match(line, scripts.create())
+
+
+def test_no_images_is_reported_in_one_line(scripts: Scripts) -> None:
+    assert "./images: No such file or directory. Put your images there" in scripts.create(code=2)
+    (scripts.folder / "images").mkdir()
+    (scripts.folder / "images" / "notes.txt").write_text("no image")
+    assert scripts.create(code=2).startswith("create.py: There are no images below ./images.")
+    assert scripts.count() == 0 and not scripts.database.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--imag", "x"), "unrecognized arguments"),
+        (("--model", "missing.onnx"), "no such file"),
+        (("--images", ""), "must be a folder"),
+        (("--images", "images", "--images", "other"), "given more than once"),
+        (("--images", "images/a.png"), "is a file, not a folder"),
+        (("my", "photos"), "to index a folder or bucket, use --images 'my photos'"),
+        (("--db", ":memory:"), "must be the path of a file"),
+        (("--db", "images"), "images is a folder"),
+        (("--db", "/nowhere/x.db"), "there is no folder /nowhere"),
+        (("--db", "x.db", "--index", "x"), "use one of the two"),
+        (("--index-type", "hnsw"), "--index-type is for Elasticsearch"),
+        (("--index-type", "flat"), "invalid choice"),
+        *(
+            (("--index", name), "must be lowercase")
+            for name in ("Images", "a b", "-a", "..", "a/b", "a*", "", "x" * 256)
+        ),
+        *((("--part", part), "must be I/N") for part in ("0/4", "5/4", "1", "1/0", "a/b", "1/2/3")),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: tuple[str, ...], message: str, scripts_on_file: Scripts, picture: Picture
+) -> None:
+    picture("images/a.png")
+    if len(arguments) == 2 and arguments[1].startswith("-"):
+        arguments = (f"{arguments[0]}={arguments[1]}",)
+    done = scripts_on_file.run("create.py", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"create.py: .*{re.escape(message)}.*\n", done.stderr), done.stderr
+
+
+def test_db_is_refused_beside_es_url(scripts_on_elasticsearch: Scripts, bird_images: list[Path]) -> None:
+    done = scripts_on_elasticsearch.run("create.py", "--db", "x.db")
+    assert done.returncode == 2 and "unset ES_URL, or leave out --db" in done.stderr
+
+
+def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> None:
+    names = ["plain", "two words", "quo\"te's", "new\nline", "🦅 émoji", "<script>alert(1)", "tab\tand\\back"]
+    for seed, name in enumerate([*names, os.fsdecode(b"caf\xe9")]):
+        folder = scripts.folder / "images" / name
+        folder.mkdir(parents=True)
+        image((40, 30), seed).save(folder / "x.png")
+        if seed == 0:
+            (folder / "gone.png").write_bytes((folder / "x.png").read_bytes())
+    assert counts(scripts.create())["new"] == 9
+    (scripts.folder / "images" / "plain" / "gone.png").unlink()
+    assert counts(scripts.create("--prune")) == {"unchanged": 8, "deleted": 1}
+    for name in [*names, os.fsdecode(b"caf\xe9")]:
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+        (hit,) = scripts.hits(scripts.folder / "images" / name / "x.png", "--desc", text)
+        assert hit["fields"] == {"file_path": [f"./images/{text}/x.png"], "desc": [text]}
+        assert hit["_score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_paths_are_utf_8_in_a_latin_1_locale(scripts_on_file: Scripts, picture: Picture) -> None:
+    """A hit in a folder with an emoji, which Latin-1 has not; the locale need not be installed."""
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "en_US.ISO-8859-1"}
+    if b"iso8859-1" not in scripts_on_file.shell("locale -a").stdout.encode():
+        scripts_on_file.shell("localedef -i en_US -f ISO-8859-1 ./en_US.ISO-8859-1")
+        locale["LOCPATH"] = str(scripts_on_file.folder)
+    python = f"{sys.executable} -c 'import sys; print(sys.getfilesystemencoding())'"
+    if "utf-8" in scripts_on_file.shell(python, **locale).stdout:
+        pytest.skip("no Latin-1 locale can be made here; that leaves such locales untested")
+    path = picture("images/🦅/a.png")
+    assert counts(scripts_on_file.create(**locale)) == {"new": 1}
+    (response,) = scripts_on_file.search(path, "--html", "page.html", **locale)
+    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/🦅/a.png"]
+
+
+def test_names_are_taken_as_users_write_them(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    scripts = scripts_on_file
+    assert counts(scripts.create("--images", f"file://{scripts.folder}/images")) == {"new": 31}
+    scripts.environment["HOME"] = str(scripts.folder)
+    (scripts.folder / "link").symlink_to("images")
+    for given in ("~/images", "./images/", "images/../images", "link", f"../{scripts.folder.name}/images"):
+        assert counts(scripts.create("--images", given)) == {"unchanged": 31}, given
+    (scripts.folder / "s3:" / "birds").mkdir(parents=True)
+    shutil.copy(bird_images[0], scripts.folder / "s3:" / "birds" / "a.png")
+    scripts.create("--images", "./s3://birds")
+    assert "./s3:/birds/a.png" in scripts.paths()
+
+
+def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, picture: Picture) -> None:
+    for number in range(6):
+        picture(f"project/images/{number}.png", size=(8, 8), seed=number)
+    home = scripts.folder
+    scripts.folder = scripts.home = home / "project"
+    scripts.create()
+    scripts.folder = scripts.home = (home / "project").rename(home / "moved")
+    (scripts.folder / "images" / "0.png").unlink()
+    assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
+    scripts.search("images/1.png", "-k", 5, "--html", "page.html")
+    assert (scripts.folder / "page.html").read_text().count("<img") == 6
+
+
+def test_an_index_is_used_from_another_folder(scripts: Scripts, picture: Picture) -> None:
+    """Relative paths stay relative to the folder that the index was made in."""
+    picture("images/a.png")
+    picture("elsewhere/images/b.png", seed=5)
+    scripts.home = scripts.folder
+    scripts.create()
+    scripts.folder /= "elsewhere"
+    assert counts(scripts.create()) == {"new": 1}  # under its own name
+    assert scripts.paths() == ["./elsewhere/images/b.png", "./images/a.png"]
+    (response,) = scripts.search("../images/a.png", "--html", "page.html")
+    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/a.png"]
+    assert 'href="../images/a.png"' in (scripts.folder / "page.html").read_text()
+
+
+def test_folders_that_link_to_each_other_are_searched_once(scripts_on_file: Scripts, picture: Picture) -> None:
+    for name in "abcdefg":
+        picture(f"images/{name}/{name}.png")
+    for name in "abcdefg":
+        for other in set("abcdefg") - {name}:
+            (scripts_on_file.folder / "images" / name / other).symlink_to(f"../{other}")
+    assert counts(scripts_on_file.create()) == {"new": 7}
+    assert scripts_on_file.paths() == [f"./images/{name}/{name}.png" for name in "abcdefg"]
+
+
+def test_a_local_index_is_one_file(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    """Named after the index; deleted by deleting the file, replaced by renaming another."""
+    scripts, folder = scripts_on_file, scripts_on_file.folder
+    scripts.create("--index", "birds")
+    scripts.create("--db", folder / "other.db", "--images", "images/Osprey")
+    assert sorted(path.name for path in folder.glob("*.db*")) == ["birds.db", "other.db"]
+    assert scripts.search(bird_images[0], "--index", "birds")[0]["hits"]["hits"][0]["_index"] == "birds"
+    (folder / "other.db").rename(folder / "birds.db")
+    assert len(scripts.hits(bird_images[0], "-k", 99, "--index", "birds")) == 10
+
+
+def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture) -> None:
+    for number in range(60):
+        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
+    new = [counts(scripts.create("--part", f"{part}/4"))["new"] for part in (3, 1, 4, 2)]
+    assert sum(new) == 60  # each image was new to one part only
+    assert min(new) >= 5
+    assert counts(scripts.create("--part", "2/4")) == {"unchanged": new[3]}
+    assert counts(scripts.create()) == {"unchanged": 60}
+
+
+def test_parts_at_once_share_the_work(scripts: Scripts, picture: Picture) -> None:
+    for number in range(60):
+        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
+    processes = [scripts.start("create.py", "--part", f"{part}/3") for part in (1, 2, 3)]
+    ends = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], ends
+    assert sum(counts(stderr)["new"] for stderr in ends) == 60
+    assert counts(scripts.create()) == {"unchanged": 60}
+
+
+def test_a_bare_folder_has_its_own_name_as_class(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    scripts_on_file.create()
+    Image.new("RGB", (9, 9), "red").save(scripts_on_file.folder / "query.png")
+    (hit,) = scripts_on_file.hits("query.png")
+    assert hit["fields"] == {"file_path": ["./images/a.png"], "desc": ["images"]}
