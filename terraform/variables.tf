@@ -73,7 +73,7 @@ variable "plan" {
 }
 
 variable "elasticsearch_version" {
-  description = "Elasticsearch version, major.minor; search.py needs 8.18 or newer. Changing it upgrades the database in place, one step at a time. IBM upgrades old versions by itself after five weeks' notice; every plan then fails as a downgrade until you set this to the version that the console shows. To list the versions offered: ibmcloud cdb deployables-show."
+  description = "Elasticsearch version, major.minor; search.py needs 8.18 or newer. Changing it upgrades the database in place, one step at a time. IBM upgrades old versions by itself after five weeks' notice; every plan, also that of destroy, then fails until you set this to the version that the console shows. To list the versions offered: ibmcloud cdb deployables-show."
   type        = string
   default     = "8.19"
   nullable    = false

@@ -76,11 +76,14 @@ def test_its_own_tests_pass(initialized: Path) -> None:
     ],
 )
 def test_a_refused_password_fails_at_plan_time_and_is_not_shown(password: str, rule: str, initialized: Path) -> None:
+    refused = initialized / "refused"  # with a mock of the provider, which would ask IBM Cloud for the account
+    refused.mkdir(exist_ok=True)
+    (refused / "refused.tftest.hcl").write_text('mock_provider "ibm" {}\n\nrun "refused" {\n  command = plan\n}\n')
     variables = ["-var=ibmcloud_api_key=key", "-var=region=eu-de", f"-var=elastic_password={password}"]
-    done = terraform("plan", "-input=false", *variables, folder=initialized)
+    done = terraform("test", "-test-directory=refused", *variables, folder=initialized)
     assert done.returncode == 1
-    stderr = " ".join(done.stderr.replace("│", "").split())
-    assert f"elastic_password {rule}" in stderr
+    shown = " ".join((done.stdout + done.stderr).replace("│", "").split())
+    assert f"elastic_password {rule}" in shown
     assert "hunter2" not in (done.stdout + done.stderr).lower()
 
 

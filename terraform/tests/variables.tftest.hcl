@@ -20,7 +20,7 @@ run "takes_the_longest_password" {
   command = plan
 
   variables {
-    elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
   }
 }
 
@@ -157,7 +157,7 @@ run "refuses_a_long_password" {
   command = plan
 
   variables {
-    elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    elastic_password = "A1bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
   }
 
   expect_failures = [ibm_database.elasticsearch]
