@@ -58,9 +58,7 @@ def response_error(
             " ES_URL."
         )
     if is_missing_index(body):
-        return ImageSearchError(
-            f"The index {index} was deleted during the run. Run create.py again to create a new one."
-        )
+        return deleted_index_error(index)
     reason = error_reason(body)
     if "cluster_block_exception" in str(body["error"]):
         return ImageSearchError(
@@ -73,6 +71,14 @@ def response_error(
     if status in (429, 503):
         return ImageSearchError(f"Elasticsearch did not recover: {reason}. {CONTINUE_HINT}")
     return ImageSearchError(f"Elasticsearch refused a request: {reason}.")
+
+
+def deleted_index_error(index: str) -> ImageSearchError:
+    """Returns the error for an index that existed when the run began."""
+    return ImageSearchError(
+        f"The index {index} was deleted during the run. If Elasticsearch has created another one from what was written"
+        " since, with a mapping that it guessed, delete that one. Then run create.py again."
+    )
 
 
 def _authentication_error(connection: Connection) -> UsageError:

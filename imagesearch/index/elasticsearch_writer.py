@@ -19,7 +19,12 @@ from imagesearch.index.elasticsearch import (
     Response,
     open_session,
 )
-from imagesearch.index.elasticsearch_errors import connection_error, is_missing_index, response_error
+from imagesearch.index.elasticsearch_errors import (
+    connection_error,
+    deleted_index_error,
+    is_missing_index,
+    response_error,
+)
 from imagesearch.parallel import batch_until_error, map_buffered
 from imagesearch.records import BATCH_SIZE, DIMENSIONS, Document, IndexMetadata, MetadataUpdate
 
@@ -155,10 +160,7 @@ class WritableElasticsearchIndex(ElasticsearchIndex):
             self._client.indices.refresh(index=self._concrete_index)
             found = self._client.indices.get_settings(index=self._concrete_index)
         if found[self._concrete_index]["settings"]["index"]["uuid"] != self._uuid:
-            raise ImageSearchError(
-                f"The index {self._concrete_index} was deleted during the run, and Elasticsearch has created another"
-                " one from what the run wrote, with a guessed mapping: delete it, then run the command again."
-            )
+            raise deleted_index_error(self._concrete_index)
 
     def _send_with_client(self, method: str, path: str, body: Body | None) -> Response:
         headers = {"Accept": "application/json", "Content-Type": "application/json"}

@@ -1,0 +1,133 @@
+"""--prune deletes what is gone, and nothing because of where it is run or what could not be read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import Picture
+from tests.running import Scripts, counts, end, wait_until
+
+
+@pytest.fixture
+def six_images(picture: Picture) -> list[Path]:
+    return [picture(f"images/{number % 2}/{number}.png", size=(8, 8), seed=number) for number in range(6)]
+
+
+def test_what_is_gone_below_the_folder_is_deleted(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
+    other = picture("other/a.png")
+    picture("images-too/b.png")
+    for folder in ("images", "other", "images-too"):
+        scripts.create("--images", folder)
+    for path in [*six_images[:2], other]:
+        path.unlink()
+    stderr = scripts.create()
+    assert counts(stderr) == {"unchanged": 4}
+    assert "Documents without an image: 2; --prune deletes them." in stderr
+    stderr = scripts.create("--prune")
+    assert counts(stderr) == {"unchanged": 4, "deleted": 2} and "Documents without" not in stderr
+    left = [f"./{path.relative_to(scripts.folder)}" for path in six_images[2:]]
+    assert scripts.paths() == sorted([*left, "./other/a.png", "./images-too/b.png"])
+    assert "Documents without" not in scripts.create()
+    assert [line["hits"]["hits"][0]["fields"]["file_path"][0] for line in scripts.search(*six_images[2:])] == left
+
+
+def test_unreadable_files_are_not_among_documents_without_an_image(scripts: Scripts, six_images: list[Path]) -> None:
+    scripts.create()
+    six_images[0].unlink()
+    six_images[1].write_bytes(b"damaged")
+    (scripts.folder / "images" / "new.png").write_bytes(b"damaged")
+    assert "Documents without an image: 1; --prune" in scripts.create(code=1)
+    assert counts(scripts.create("--prune", code=1)) == {"unchanged": 4, "deleted": 1, "unreadable": 2}
+    assert scripts.count() == 5  # the damaged one keeps its document
+
+
+def test_what_an_unplugged_disk_holds_is_kept(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
+    """`images/usb` is a link to it."""
+    disk = scripts.folder / "disk"
+    for number in range(3):
+        picture(f"disk/deep/{number}.png", seed=100 + number)
+    (scripts.folder / "images" / "usb").symlink_to(disk)
+    assert counts(scripts.create()) == {"new": 9}
+    disk.rename(scripts.folder / "unplugged")
+    six_images[0].unlink()
+    stderr = scripts.create("--prune", code=1)
+    assert "Cannot read ./images/usb: a link whose target is missing" in stderr
+    assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 1}
+    assert scripts.count() == 8
+
+
+def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, six_images: list[Path]) -> None:
+    scripts.create()
+    for path in six_images:
+        path.unlink()
+    assert "There are no images below ./images" in scripts.create("--prune", code=2)
+    assert counts(scripts.create("--prune-all")) == {"deleted": 6}
+    shutil.rmtree(scripts.folder / "images")
+    assert "No such file or directory" in scripts.create("--prune-all", code=2)  # an unmounted disk
+
+
+def test_the_same_path_with_other_images_prunes_nothing(
+    scripts: Scripts, six_images: list[Path], picture: Picture
+) -> None:
+    """As on another machine, where the same folder has other images."""
+    scripts.create()
+    shutil.rmtree(scripts.folder / "images")
+    for number in range(3):
+        picture(f"images/{number}-new.png", seed=100 + number)
+    stderr = scripts.create("--prune", code=2)
+    assert counts(stderr) == {"new": 3}
+    assert "none of their files is left, and the images there are new. If that is intended, use --prune-all" in stderr
+    assert scripts.count() == 9
+    assert counts(scripts.create("--prune")) == {"unchanged": 3, "deleted": 6}  # by now they are known
+
+
+def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(scripts_on_file: Scripts, many_images: Path) -> None:
+    scripts = scripts_on_file
+    shutil.copytree(many_images / "images", scripts.folder / "images")
+    scripts.create("--images", "images/1")
+    process = scripts.start("create.py", "--prune")
+    wait_until(lambda: process.poll() is not None or scripts.count() > 250)
+    (scripts.folder / "images").rename(scripts.folder / "disk")
+    (scripts.folder / "images").mkdir()  # as an empty mount point
+    code, stderr = end(process)
+    assert code == 1, stderr
+    assert "deleted" not in counts(stderr)
+
+
+def test_another_project_that_uses_the_same_file_prunes_nothing(
+    scripts: Scripts, six_images: list[Path], picture: Picture
+) -> None:
+    scripts.home = scripts.folder
+    scripts.create()
+    picture("other/images/new.png")
+    scripts.folder /= "other"
+    assert counts(scripts.create("--prune")) == {"new": 1}  # under its own name
+    scripts.folder = scripts.home
+    assert counts(scripts.create("--prune")) == {"unchanged": 6}
+
+
+def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, picture: Picture) -> None:
+    paths = [picture(f"images/{number}.png", size=(8, 8), seed=number) for number in range(50)]
+    scripts.create()
+    for path in paths[:40]:
+        path.unlink()
+    deleted = [counts(scripts.create("--part", f"{part}/2", "--prune"))["deleted"] for part in (1, 2)]
+    assert sum(deleted) == 40
+    assert min(deleted) >= 8
+    assert scripts.count() == 10
+
+
+def test_a_document_that_another_run_has_just_added_is_kept(scripts_on_file: Scripts, six_images: list[Path]) -> None:
+    """Each that is not in the listing is looked at once more: its file is there by now."""
+    scripts = scripts_on_file
+    (scripts.folder / "sitecustomize.py").write_text(
+        "import imagesearch.sources.folder as f\n"
+        "find_images = f.FolderSource.find_images\n"
+        "f.FolderSource.find_images = lambda self: (i for i in find_images(self) if '5.png' not in str(i))\n"
+    )
+    scripts.create()
+    six_images[4].unlink()
+    stderr = scripts.create("--prune", PYTHONPATH=f"{scripts.folder}:{Path(__file__).parent.parent}")
+    assert counts(stderr) == {"unchanged": 4, "deleted": 1}
+    assert scripts.count() == 5

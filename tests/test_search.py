@@ -1,0 +1,310 @@
+"""search.py as a user runs it, on the local file and on a real Elasticsearch over TLS."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagesearch.models import Thumbnail
+from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
+from tests.pictures import Picture, averaging_model, image
+from tests.running import Scripts, counts
+from tests.server import ROOT
+
+
+def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scripts, bird_images: list[Path]) -> None:
+    scripts.create()
+    Image.open(bird_images[3]).save(scripts.folder / "myimage.jpg", quality=95)
+    done = scripts.run("search.py", "myimage.jpg")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stderr == ""
+    response = json.loads(done.stdout)
+    path = "./images/Bald_Eagle/3.png"
+    assert list(response) == ["image", "took", "timed_out", "_shards", "hits"]
+    assert response["image"] == "myimage.jpg"
+    assert list(response["_shards"].items()) == [("total", 1), ("successful", 1), ("skipped", 0), ("failed", 0)]
+    assert list(response["hits"]) == ["total", "max_score", "hits"]
+    assert response["hits"]["total"] == {"value": 1, "relation": "eq"}
+    (hit,) = response["hits"]["hits"]
+    assert list(hit) == ["_index", "_id", "_score", "fields"]
+    assert (hit["_index"], hit["_id"]) == (scripts.index, hashlib.sha256(path.encode()).hexdigest())
+    assert 0.99 < hit["_score"] == response["hits"]["max_score"] <= 1
+    assert list(hit["fields"].items()) == [("file_path", [path]), ("desc", ["Bald_Eagle"])]
+
+
+def test_both_kinds_of_index_give_the_same_hits(
+    scripts_on_file: Scripts, scripts_on_elasticsearch: Scripts, picture: Picture
+) -> None:
+    for number in range(150):
+        picture(f"images/{number % 7}/{number}.png", seed=number)
+    both = scripts_on_file, scripts_on_elasticsearch
+    for scripts in both:
+        scripts.index = scripts_on_elasticsearch.index
+        scripts.create()
+    queries = [picture(f"query-{number}.png", size=(37, 64), seed=1000 + number) for number in range(5)]
+    queries += [Path("images/3/3.png"), Path("images/4/4.png")]
+    for options in (("-k", 1), ("-k", 10), ("-k", 10, "--desc", "3"), ("-k", 10, "--exclude-self")):
+        found = [scripts.search(*queries, *options) for scripts in both]
+        for ours, theirs in zip(*found, strict=True):
+            assert ours["image"] == theirs["image"]
+            assert ours["hits"]["total"] == theirs["hits"]["total"] == {"value": options[1], "relation": "eq"}
+            for mine, yours in zip(ours["hits"]["hits"], theirs["hits"]["hits"], strict=True):
+                assert mine["_score"] == pytest.approx(yours["_score"], abs=1e-4)
+                assert (mine["_id"], mine["fields"]) == (yours["_id"], yours["fields"])
+
+
+def test_there_is_one_line_for_each_image_in_order_whether_it_can_be_read_or_not(
+    scripts: Scripts, bird_images: list[Path]
+) -> None:
+    scripts.create()
+    (scripts.folder / "bad.png").write_bytes(bird_images[0].read_bytes()[:100])
+    done = scripts.run("search.py", bird_images[25], "bad.png", "missing.png", bird_images[2])
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["image"] for line in lines] == [str(bird_images[25]), "bad.png", "missing.png", str(bird_images[2])]
+    assert [line.get("status") for line in lines] == [None, 400, 400, None]
+    found = [line["hits"]["hits"][0]["fields"]["file_path"][0] for line in lines if "hits" in line]
+    assert found == ["./images/deep/down/Wren/5.png", "./images/Bald_Eagle/2.png"]
+    assert re.findall(r"^Cannot read (\S+): ", done.stderr, re.MULTILINE) == ["bad.png", "missing.png"]
+    reason = "Cannot read missing.png: No such file or directory"
+    assert lines[2] == {"image": "missing.png", "error": {"type": "image_error", "reason": reason}, "status": 400}
+
+
+def test_a_folder_is_a_query_for_each_image_below_it(scripts: Scripts, bird_images: list[Path]) -> None:
+    """Found and named as create.py finds and names them; copies elsewhere are not the image itself."""
+    scripts.create()
+    folder = scripts.folder / "images" / "Osprey"
+    (folder / "again.png").write_bytes(bird_images[13].read_bytes())
+    (folder / "bad.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(bird_images[0].read_bytes())
+    scripts.create(code=1)
+    done = scripts.run("search.py", "images/Osprey", "images/loose.jpg", "-k", 2, "--exclude-self")
+    assert done.returncode == 1
+    lines = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
+    names = [f"./images/Osprey/{name}.png" for name in (*range(10), "again", "bad")]
+    assert set(lines) == {*names, "images/loose.jpg"} and list(lines)[-1] == "images/loose.jpg"
+    assert lines["./images/Osprey/bad.png"]["error"]["reason"].startswith("Cannot read ./images/Osprey/bad.png: ")
+    for name, line in lines.items():
+        hits = line.get("hits", {}).get("hits", [])
+        assert len(hits) == (0 if "bad" in name else 2)
+        assert not {f"./{name.removeprefix('./')}"} & {hit["fields"]["file_path"][0] for hit in hits}
+    assert lines["./images/Osprey/3.png"]["hits"]["hits"][0]["fields"]["file_path"] == ["./images/Osprey/again.png"]
+    assert lines["./images/Osprey/3.png"]["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    (folder.parent / "empty").mkdir()
+    done = scripts.run("search.py", "images/empty", "gone", "images/loose.jpg")
+    reasons = [json.loads(line).get("error", {}).get("reason") for line in done.stdout.splitlines()]
+    assert reasons == [
+        "Cannot read images/empty: there are no images below it",
+        "Cannot read gone: No such file or directory",
+        None,
+    ]
+
+
+def test_a_class_and_a_number_of_neighbors_can_be_asked_for(scripts: Scripts, bird_images: list[Path]) -> None:
+    scripts.create()
+    hits = scripts.hits(bird_images[0], "-k", 5, "--desc", "Wren")
+    assert [hit["fields"]["desc"] for hit in hits] == [["Wren"]] * 5
+    assert [hit["_score"] for hit in hits] == sorted((hit["_score"] for hit in hits), reverse=True)
+    assert len(scripts.hits(bird_images[0], "-k", 10_000)) == 31
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer"),
+    [
+        ("Dodo", r"among its 4 classes \(Bald_Eagle, Osprey, .Vo.gel., Wren\)\. An image's class is the innermost"),
+        ("bald_eagel", r"did you mean Bald_Eagle\?"),
+        ("v\u00f6gel", "did you mean .Vo\u0308gel.\\?"),
+    ],
+)
+def test_a_class_that_is_not_there_names_those_that_are(
+    wanted: str, answer: str, scripts: Scripts, picture: Picture
+) -> None:
+    for number, name in enumerate(["Bald_Eagle", "Osprey", "Wren", "Vo\u0308gel"]):
+        picture(f"images/{name}/{number}.png", seed=number)
+    scripts.create()
+    done = scripts.run("search.py", "images/Wren/2.png", "images/Wren/2.png", "--desc", wanted)
+    assert done.returncode == 1 and done.stderr.count("has no image of class") == 1
+    assert re.search(answer, done.stderr), done.stderr
+
+
+def test_search_uses_the_model_that_made_the_index(scripts: Scripts, bird_images: list[Path]) -> None:
+    model = averaging_model(scripts.folder / "model.onnx")
+    assert counts(scripts.create("--model", model)) == {"new": 31}
+    image((40, 30), 999).save(scripts.folder / "new.png")
+    scripts.search("new.png")
+    moved = model.rename(scripts.folder / "moved.onnx")
+    done = scripts.run("search.py", "new.png")
+    assert done.returncode == 2 and "use --model FILE to say where it is now" in done.stderr
+    scripts.search("new.png", "--model", moved)
+    other = averaging_model(scripts.folder / "other.onnx", scale=2)
+    done = scripts.run("search.py", bird_images[7], "--model", other)
+    assert done.returncode == 2 and "is another model" in done.stderr and done.stdout == ""
+    other.rename(model)
+    done = scripts.run("search.py", "new.png")
+    assert done.returncode == 2 and "and it has changed" in done.stderr and done.stdout == ""
+
+
+def test_an_indexed_picture_is_searched_without_the_model(scripts: Scripts, bird_images: list[Path]) -> None:
+    """Its content is looked up, wherever it is; only other pictures need the model."""
+    model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
+    scripts.create("--model", model)
+    before = scripts.search(*bird_images[:5], "-k", 3)
+    (scripts.folder / "elsewhere.png").write_bytes(bird_images[0].read_bytes())
+    model.rename(scripts.folder / "moved.onnx")
+    after = scripts.search("elsewhere.png", *bird_images[1:5], "-k", 3)
+    assert [response["hits"] for response in after] == [response["hits"] for response in before]
+    assert scripts.run("search.py", bird_images[0], "--model", "thumbnail").returncode == 2  # still checked
+
+
+def test_a_search_imports_only_what_it_needs(scripts: Scripts, bird_images: list[Path]) -> None:
+    model = averaging_model(scripts.folder / "model.onnx")
+    scripts.create("--model", model)
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, sep='\\n', file=open('modules', 'w')))"
+    (scripts.folder / "sitecustomize.py").write_text(code)
+    image((40, 30), 999).save(scripts.folder / "new.png")
+    modules = []
+    for query in ("new.png", bird_images[0]):
+        scripts.search(query, PYTHONPATH=str(scripts.folder))
+        modules.append(set((scripts.folder / "modules").read_text().split()))
+    for_new, for_indexed = modules
+    never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}
+    assert {"imgbeddings", "onnxruntime", "numpy"} <= for_new and not never & for_new
+    assert not {"imgbeddings", "onnxruntime"} & for_indexed
+
+
+def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, bird_images: list[Path]) -> None:
+    done = scripts.run("search.py", bird_images[0])
+    assert done.returncode == 2 and f"There is no index {scripts.index} in " in done.stderr and done.stdout == ""
+    scripts.create()
+    made, scripts.index = scripts.index, f"{scripts.index}-other"
+    done = scripts.run("search.py", bird_images[0])
+    assert done.returncode == 2 and re.search(rf"but there are: .*{made} \(thumbnail\)", done.stderr)
+    scripts.index = made
+    (scripts.folder / "elsewhere.png").write_bytes(bird_images[0].read_bytes())
+    for path in bird_images:
+        path.unlink()
+    scripts.create("--prune-all")
+    for options in ((), ("--min-score", "0.9")):
+        done = scripts.run("search.py", "elsewhere.png", *options)
+        assert done.returncode == 2 and "is empty" in done.stderr and done.stdout == ""
+
+
+def test_vectors_of_another_preprocessing_are_refused(scripts: Scripts, bird_images: list[Path]) -> None:
+    other = ModelInfo("thumbnail", preprocessing=PREPROCESSING + 1)
+    with scripts.open_index() as index:
+        index.create(IndexMetadata(other, str(scripts.folder)))
+    refused = "another version of create.py, whose embeddings differ"
+    assert refused in scripts.create(code=2) and refused in scripts.run("search.py", bird_images[0]).stderr
+
+
+def test_min_score_is_a_cutoff_by_the_printed_score(scripts: Scripts, picture: Picture) -> None:
+    """Of the same picture it is 1, and any hit is there at its own score: float32 rounds some below."""
+    paths = [picture(f"images/{seed % 2}/{seed}.png", seed=seed) for seed in range(60)]
+    model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
+    scripts.create("--model", model)
+    for path, response in zip(paths, scripts.search(*paths, "--min-score", 1), strict=True):
+        (hit,) = response["hits"]["hits"]
+        assert hit["fields"]["file_path"] == [f"./{path.relative_to(scripts.folder)}"]
+        assert 1 - 1e-6 <= hit["_score"] <= 1
+    for options in ((), ("--desc", "1")):
+        everything = scripts.hits(paths[0], "-k", 60, *options)
+        middle = everything[10]["_score"]
+        limited = scripts.hits(paths[0], "-k", 60, "--min-score", middle, *options)
+        assert limited == [hit for hit in everything if hit["_score"] >= middle - 1e-6] and len(limited) >= 11
+        assert scripts.hits(paths[0], "-k", 3, "--min-score", middle, *options) == limited[:3]
+    assert scripts.hits(paths[0], "--min-score", 1, "--exclude-self") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.png", "-k", "0"), "must be a whole number from 1 to 10,000"),
+        (("a.png", "-k", "20000"), "must be a whole number"),
+        (("a.png", "-k", "ten"), "must be a whole number"),
+        ((), "the following arguments are required: IMAGE"),
+        (("a.png", "--min-score", "2"), "must be a number from 0 to 1"),
+        (("a.png", "--min-score", "nan"), "must be a number from 0 to 1"),
+        (("-", "-"), "can be read only once"),
+        (("a.png", "--html", "-"), "must be the name of a file"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], message: str, scripts_on_file: Scripts) -> None:
+    done = scripts_on_file.run("search.py", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"search.py: .*{message}.*\n", done.stderr), done.stderr
+
+
+def test_names_are_taken_as_users_write_them(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    scripts = scripts_on_file
+    scripts.create()
+    scripts.environment["HOME"] = str(scripts.folder)
+    (scripts.folder / "-k.png").write_bytes(bird_images[0].read_bytes())
+    for query in ((f"file://{bird_images[0]}",), ("~/images/Bald_Eagle/0.png",), ("--", "-k.png")):
+        assert scripts.search(*query)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    between = scripts.search(bird_images[0], "-k", 2, bird_images[1], "--desc", "Osprey")  # options between images
+    assert len(between) == 2
+    done = scripts.run("search.py", "ftp://example.com/a.png")
+    assert done.returncode == 1 and "only http://, https://, s3://, gs:// and az:// URLs are read" in done.stderr
+
+
+def test_a_search_that_is_cut_off_ends(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    """Its threads end before the index is closed: there is no error and no wait, whenever the reader goes."""
+    scripts_on_file.create()
+    names = " ".join(100 * [str(path.relative_to(scripts_on_file.folder)) for path in bird_images])
+    for number in (1, 40, 700):
+        done = scripts_on_file.shell(f"timeout 60 SEARCH {names} | head -n {number}; exit ${{PIPESTATUS[0]}}")
+        assert done.returncode == 141 and done.stderr == "", done.stderr
+        assert len(done.stdout.splitlines()) == number
+    done = scripts_on_file.shell(f"timeout 60 SEARCH {names} --desc Nope")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_memory_does_not_grow_with_the_number_of_queries(scripts_on_file: Scripts, many_images: Path) -> None:
+    scripts = scripts_on_file
+    scripts.folder, scripts.home = many_images, scripts.folder
+    scripts.create("--images", "images/3")
+    peaks = []
+    for folders in (["images/3"], 8 * ["images/3"]):
+        measured = f"import resource, runpy, sys; sys.argv = {scripts.arguments('search.py', *folders)!r}\n"
+        measured += f"sys.path.insert(0, {str(ROOT)!r})\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        measured += "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        done = scripts.shell(f"{sys.executable} - >lines <<'EOF'\n{measured}\nEOF")
+        assert done.returncode == 0, done.stderr
+        assert len((scripts.folder / "lines").read_text().splitlines()) == 250 * len(folders)
+        peaks.append(int(done.stderr.split()[-1]))
+    (scripts.folder / "lines").unlink()
+    assert peaks[1] < peaks[0] + 20_000  # KiB
+
+
+@pytest.mark.parametrize("script", ["create.py", "search.py"])
+def test_help_names_every_option_and_variable(script: str, scripts_on_file: Scripts) -> None:
+    shown = scripts_on_file.run(script, "--help").stdout
+    for name in ("--index", "--db", "--model", "--insecure", "ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
+        assert name in shown
+
+
+def test_names_in_the_json_are_as_they_are(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/Vögel/Kohlmeise.png")
+    scripts_on_file.create()
+    assert "./images/Vögel/Kohlmeise.png" in scripts_on_file.run("search.py", "images/Vögel/Kohlmeise.png").stdout
+
+
+def test_a_query_scores_by_the_cosine(scripts: Scripts, picture: Picture) -> None:
+    paths = [picture(f"images/{seed}.png", seed=seed) for seed in range(12)]
+    scripts.create()
+    vectors = []
+    for path in paths:
+        with Image.open(path) as opened:
+            vectors.append(Thumbnail().embed(Thumbnail().preprocess(opened.convert("RGB"))))
+    cosines = np.array(vectors) @ vectors[0] / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vectors[0])
+    scores = {
+        os.path.basename(hit["fields"]["file_path"][0]): hit["_score"] for hit in scripts.hits(paths[0], "-k", 12)
+    }
+    for path, cosine in zip(paths, cosines, strict=True):
+        assert scores[path.name] == pytest.approx((1 + cosine) / 2, abs=1e-6)

@@ -1,0 +1,156 @@
+"""What a terminal shows: the bar, the hits in lines; and what stays if there is none any more."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imagesearch.progress import KINDS_SHOWN, MAX_KINDS, Progress
+from imagesearch.records import Skipped
+from tests.clip_model import build
+from tests.pictures import Picture, image
+from tests.running import Scripts, end, wait_until
+from tests.server import ROOT
+
+
+@pytest.fixture(scope="module")
+def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of CLIP's exact shape and cost."""
+    path = tmp_path_factory.mktemp("model") / "clip.onnx"
+    build(path)
+    return path
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
+    columns: int, scripts_on_file: Scripts, whole_clip: Path
+) -> None:
+    """It moves with each chunk, and begins when there is a rate to tell; links that are broken are not counted."""
+    (scripts_on_file.folder / "images").mkdir()
+    for number in range(350):
+        image((60, 40), number).save(scripts_on_file.folder / "images" / f"{number}.png")
+    (scripts_on_file.folder / "images" / "bad.png").write_bytes(b"no image")
+    (scripts_on_file.folder / "images" / "link.png").symlink_to("missing.png")
+    code, shown = scripts_on_file.on_a_terminal("create.py", "--model", whole_clip, columns=columns)
+    assert code == 1
+    assert "Preparing the model for this CPU" in shown
+    states = [line for line in re.split(r"[\r\n]+", shown) if re.search(r"\d+/351", line)]
+    done = [int(state.group(1)) for line in states if (state := re.search(r"(\d+)/351", line))]
+    assert done == sorted(done) and done[-1] == 351 and "100%" in states[-1]
+    assert 1 < done[0] < 351 and len(set(done)) > 4
+    assert all(len(line) <= columns for line in states)
+
+
+def test_without_a_terminal_there_is_no_bar(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    assert scripts_on_file.create().count("\n") == 2  # the index, and the summary
+
+
+def test_kinds_beyond_the_first_thousand_are_counted_together() -> None:
+    progress = Progress()
+    for number in range(MAX_KINDS + 50):
+        progress.count_skipped(Skipped(f".{number}"))
+    for _ in range(2):  # asking changes nothing
+        assert progress.summary().endswith(f".9, {MAX_KINDS + 50 - KINDS_SHOWN:,} other")
+
+
+def test_many_unreadable_images_are_not_all_named_on_a_terminal(scripts_on_file: Scripts) -> None:
+    (scripts_on_file.folder / "images").mkdir()
+    for number in range(50):
+        (scripts_on_file.folder / "images" / f"{number}.png").write_bytes(b"no image")
+    code, shown = scripts_on_file.on_a_terminal("create.py")
+    assert code == 1
+    assert shown.count("Cannot read") == 20 and shown.count("More files cannot be read") == 1
+
+
+def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    scripts_on_file.create()
+    _, shown = scripts_on_file.on_a_terminal("search.py", bird_images[0], stdout=True)
+    lines = re.split(r"[\r\n]+", shown.strip())
+    assert lines[0].startswith(f"Index {scripts_on_file.index} in {scripts_on_file.index}.db, made with the model")
+    assert lines[-1] == "1.0000000  Bald_Eagle  ./images/Bald_Eagle/0.png"
+    code, shown = scripts_on_file.on_a_terminal("search.py", "images/Osprey", "missing.png", stdout=True)
+    assert code == 1
+    assert re.search(r"\./images/Osprey/3\.png:\s+1\.0000000  Osprey  \./images/Osprey/3\.png", shown)
+    assert shown.count("Cannot read missing.png") == 1
+
+
+@pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
+def test_messages_that_cannot_be_written_are_dropped(
+    closing: str, scripts_on_file: Scripts, bird_images: list[Path]
+) -> None:
+    search = f"SEARCH missing.png {bird_images[0]}"
+    for command, code, lines in ((f"CREATE {closing}", 0, 0), (f"{search} {closing}", 1, 2)):
+        done = scripts_on_file.shell(command)
+        assert done.returncode == code
+        assert len([json.loads(line) for line in done.stdout.splitlines()]) == lines
+
+
+def test_results_that_cannot_be_written_are_an_error(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    scripts_on_file.create()
+    for command, message in (
+        (f"SEARCH {bird_images[0]} >/dev/full", "the results cannot be written: No space left on device."),
+        (f"SEARCH {bird_images[0]} >&-", "the results cannot be written: Bad file descriptor."),
+        ("SEARCH - <&-", "Cannot read standard input: it is empty"),
+    ):
+        done = scripts_on_file.shell(command)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed(scripts_on_file: Scripts, many_images: Path) -> None:
+    """As one that was disowned; here its terminal is one of `script`, which is killed."""
+    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *scripts_on_file.arguments("create.py")],
+        cwd=many_images,
+        env=scripts_on_file.environment | {"TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    wait_until(lambda: process.poll() is not None or scripts_on_file.count() > 0)
+    assert process.poll() is None
+    os.close(ours)
+    assert process.wait(120) == 0
+    assert scripts_on_file.count() == 2500
+
+
+def test_ctrl_c_is_ignored_where_it_was(scripts_on_file: Scripts, many_images: Path) -> None:
+    """As in a background job of a script."""
+    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = scripts_on_file.start("create.py")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_until(lambda: process.poll() is not None or scripts_on_file.count() > 0)
+    process.send_signal(signal.SIGINT)
+    code, stderr = end(process)
+    assert code == 0, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("minor", [8, 9, 10])
+def test_an_older_python_is_told_apart(minor: int) -> None:
+    """Before anything else, in a line."""
+    pythons = [
+        *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"),
+        *Path("/usr/bin").glob(f"python3.{minor}"),
+    ]
+    if not pythons:
+        pytest.skip(f"there is no Python 3.{minor} here; that leaves what it says untested")
+    for script in ("create.py", "search.py"):
+        done = subprocess.run([pythons[0], ROOT / script], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == f"Python 3.11 or newer is needed; this is Python 3.{minor}.\n"
+
+
+def test_the_summary_comes_without_a_rate(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    assert re.search(r"^1 new in \d\.\d s; index \S+, the model thumbnail", scripts_on_file.create(), re.MULTILINE)
