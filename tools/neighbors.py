@@ -12,15 +12,17 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from elasticsearch import Elasticsearch, OrjsonSerializer, helpers
+from elasticsearch import Elasticsearch
 
+from imagesearch.index import open_writable_index
 from imagesearch.index.connection import Connection
-from imagesearch.index.elasticsearch_writer import GRAPH, PROPERTIES
-from tests.server import ROOT, Cluster
+from imagesearch.records import Document, Embedded, ImageFile, IndexMetadata, ModelInfo
+from tests.server import ROOT
+from tests.server import Elasticsearch as Server
 from tools.embeddings import SHAPES, Embeddings, nearest
 
 QUERIES, K = 200, 10
@@ -36,43 +38,40 @@ SETTINGS: dict[str, list[Setting]] = {
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def properties(index_type: str) -> dict[str, Any]:
-    """Returns the mapping that create.py makes."""
-    options = {"type": index_type, **GRAPH}
-    return PROPERTIES | {"embeddings": PROPERTIES["embeddings"] | {"index_options": options}}
+def load_index(environment: Mapping[str, str], name: str, index_type: str, embeddings: Embeddings) -> float:
+    """Writes the embeddings into a new index, as create.py does; returns the seconds it took.
+
+    `environment` has ES_URL and ES_CA_CERT. The number of an embedding is in the `file_path` of its document.
+    """
+    connection = Connection.from_env(environment)
+    with open_writable_index(name, connection, Path(), index_type) as index:
+        index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
+        index.get_metadata()
+        started = time.perf_counter()
+        for _ in index.write(_document(number, embedding) for number, embedding in enumerate(embeddings)):
+            pass
+        index.refresh()
+        return time.perf_counter() - started
 
 
-def load(client: Elasticsearch, index: str, index_type: str, embeddings: Embeddings) -> float:
-    """Writes the embeddings with two senders; returns the seconds it took."""
-    mappings = {"dynamic": "strict", "properties": properties(index_type)}
-    client.indices.create(index=index, mappings=mappings)
-    documents = (
-        {
-            "_id": f"{number:064x}",
-            "desc": "birds",
-            "file_path": f"./images/birds/{number}.jpg",
-            "size": 100_000,
-            "mtime": 1_700_000_000_000_000_000 + number,
-            "sha256": f"{number:064x}",
-            "embeddings": embedding,
-        }
-        for number, embedding in enumerate(embeddings)
-    )
-    started = time.perf_counter()
-    for _ in helpers.parallel_bulk(client, documents, thread_count=2, chunk_size=128, index=index):
-        pass
-    client.indices.refresh(index=index)
-    return time.perf_counter() - started
+def _document(number: int, embedding: Embeddings) -> Document:
+    path = f"./images/{number % 100}/{number}.jpg"
+    image = ImageFile(path, path, str(number % 100), 100_000, 1_700_000_000_000_000_000 + number)
+    return Document(image, f"{number:064x}", Embedded(embedding))
 
 
-def search(client: Elasticsearch, index: str, query: Embeddings, setting: Setting) -> list[int]:
+def numbers(response: Any) -> set[int]:
+    """Returns the numbers of the embeddings that a search has found."""
+    return {int(Path(hit["fields"]["file_path"][0]).stem) for hit in response["hits"]["hits"]}
+
+
+def search(client: Elasticsearch, index: str, query: Embeddings, setting: Setting) -> set[int]:
     """Returns the numbers of the nearest embeddings, by the graph."""
     candidates, oversample = setting
     knn = {"field": "embeddings", "query_vector": query.tolist(), "k": K, "num_candidates": candidates}
     if oversample:
         knn["rescore_vector"] = {"oversample": oversample}
-    response = client.search(index=index, knn=knn, size=K, source=False, docvalue_fields=["file_path", "desc"])
-    return [int(hit["_id"], 16) for hit in response["hits"]["hits"]]
+    return numbers(client.search(index=index, knn=knn, size=K, source=False, docvalue_fields=["file_path", "desc"]))
 
 
 def compare(
@@ -82,9 +81,9 @@ def compare(
     found, seconds = 0, []
     for query, right in zip(queries, truth, strict=True):
         started = time.perf_counter()
-        ids = search(client, index, query, setting)
+        nearby = search(client, index, query, setting)
         seconds.append(time.perf_counter() - started)
-        found += len(set(ids) & set(right.tolist()))
+        found += len(nearby & set(right.tolist()))
     return found / K / len(queries), 1000 * statistics.median(seconds)
 
 
@@ -113,7 +112,7 @@ def cold_query(client: Elasticsearch, index: str, query: Embeddings, setting: Se
     return 1000 * (time.perf_counter() - started)
 
 
-def measure(client: Elasticsearch, size: int, shape: str) -> Iterator[str]:
+def measure(client: Elasticsearch, server: Server, size: int, shape: str) -> Iterator[str]:
     """Yields the rows of one shape and size."""
     embeddings, queries = SHAPES[shape](size, 1), SHAPES[shape](max(size, QUERIES), 2)[:QUERIES]
     truth = nearest(embeddings, queries, K)
@@ -123,7 +122,7 @@ def measure(client: Elasticsearch, size: int, shape: str) -> Iterator[str]:
     notes = []
     for index_type, settings in SETTINGS.items():
         index = f"{shape}-{size}-{index_type.replace('_', '-')}"
-        seconds = load(client, index, index_type, embeddings)
+        seconds = load_index(server.environment, index, index_type, embeddings)
         note = f"- {index_type}: {size / seconds:,.0f} documents/s; {disk_usage(client, index)}"
         if os.access(DROP_CACHES, os.W_OK):
             times = [cold_query(client, index, query, settings[0]) for query in queries[:5]]
@@ -153,15 +152,14 @@ def main() -> None:
     memory = f"{max(2, max(size for size, _ in pairs) // 125_000)}g"
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     lines = [f"{os.cpu_count()} CPUs, {cpu[1] if cpu else platform.processor()}"]
-    with Cluster(java_options=[f"-Xms{memory}", f"-Xmx{memory}"]) as cluster:
-        connection = Connection.from_env({"ES_URL": cluster.url, "ES_CA_CERT": str(cluster.ca)})
+    with Server(java_options=[f"-Xms{memory}", f"-Xmx{memory}"]) as server:
+        connection = Connection.from_env(server.environment)
         assert connection
         client = Elasticsearch(
-            list(connection.hosts), headers=connection.headers, ssl_context=connection.ssl_context(),
-            request_timeout=600, serializer=OrjsonSerializer(),
-        )  # fmt: skip
+            connection.url, headers=connection.headers, ssl_context=connection.ssl_context(), request_timeout=600
+        )
         for size, shape in pairs:
-            for line in measure(client, size, shape):
+            for line in measure(client, server, size, shape):
                 print(line, flush=True)
                 lines.append(line)
     (ROOT / "build").mkdir(exist_ok=True)

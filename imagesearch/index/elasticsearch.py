@@ -110,8 +110,6 @@ def session_transport(session: requests.Session, connection: Connection) -> Tran
             answer = orjson.loads(response.content)
         except ValueError:
             answer = None
-        if response.status_code == 200 and response.headers.get("X-Elastic-Product") != "Elasticsearch":
-            answer = None
         return response.status_code, response.headers, answer
 
     return send
@@ -235,10 +233,11 @@ class ElasticsearchIndex:
     def _send(self, method: str, path: str, body: Body | None = None, may_be_missing: bool = False) -> Any:
         """Returns the body of the response; None for HTTP 404 if `may_be_missing`. Raises ImageSearchError."""
         status, headers, response = self._transport(method, path, body)
-        if status == 200 and isinstance(response, dict):
-            return response
-        if may_be_missing and status == 404 and isinstance(response, dict):
-            return None
+        if headers.get("X-Elastic-Product") == "Elasticsearch" and isinstance(response, dict):
+            if status == 200:
+                return response
+            if status == 404 and may_be_missing:
+                return None
         raise response_error(status, headers, response, self._connection, self._name)
 
 

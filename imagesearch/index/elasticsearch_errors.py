@@ -92,7 +92,7 @@ def _authentication_error(connection: Connection) -> UsageError:
     )
 
 
-def connection_error(error: Exception, connection: Connection) -> ImageSearchError:
+def connection_error(error: BaseException, connection: Connection) -> ImageSearchError:
     """Returns the error for a request that got no response, with the hint that fits its cause."""
     cause, url = root_cause(error), connection.url
     if isinstance(cause, ssl.SSLCertVerificationError):

@@ -32,6 +32,8 @@ BULK_SIZE = 96  # documents in one bulk request, below 1 MB: nginx's default lim
 BULK_REQUESTS = 4  # under way at once, so that a distant server is not waited for
 DOCUMENT_RETRIES = 17  # of documents that are rejected for now, with waits of up to 8 seconds: two minutes
 
+NETWORK_ERRORS = (TransportError, ValueError)  # ValueError: no valid host name
+
 # Pinned, so that all versions of Elasticsearch build the same index. Shards, replicas and everything
 # else are left to the cluster's index templates.
 PROPERTIES: Body = {
@@ -168,9 +170,13 @@ class WritableElasticsearchIndex(ElasticsearchIndex):
             response: Any = self._client.perform_request(method, f"/{path}", headers=headers, body=body)
         except ApiError as error:
             return error.meta.status, error.meta.headers, error.body
-        except TransportError as error:
-            raise connection_error(error, self._connection) from None
+        except NETWORK_ERRORS as error:
+            raise self._connection_error(error) from None
         return response.meta.status, response.meta.headers, response.body
+
+    def _connection_error(self, error: Exception) -> ImageSearchError:
+        cause = error.__context__ if isinstance(error, TransportError) else None  # the exception of requests
+        return connection_error(cause or error, self._connection)
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -181,8 +187,8 @@ class WritableElasticsearchIndex(ElasticsearchIndex):
             raise response_error(
                 error.meta.status, error.meta.headers, error.body, self._connection, self._name
             ) from None
-        except TransportError as error:
-            raise connection_error(error, self._connection) from None
+        except NETWORK_ERRORS as error:
+            raise self._connection_error(error) from None
 
 
 def _action(item: Document | MetadataUpdate) -> Body:

@@ -1,0 +1,377 @@
+"""What is special to Elasticsearch: how it is reached, what may stand before it, and what the index is."""
+
+import json
+import re
+import shlex
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+from imagesearch.index import INDEX_TYPES, open_index
+from imagesearch.index.connection import Connection
+from imagesearch.index.elasticsearch_errors import PRIVILEGES_HINT
+from imagesearch.records import PREPROCESSING
+from tests.certificates import CA
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts, counts, environment
+from tests.server import ROLES, ROOT, Elasticsearch
+from tools.embeddings import SHAPES, nearest
+from tools.neighbors import load_index, numbers
+
+PASSWORD = "admin:[^@]*@"
+
+
+def test_the_scripts_work_with_a_ca_like_ibm_clouds(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    """Its certificate is one that Python 3.13 and newer refuse by default."""
+    from cryptography import x509
+
+    pem = Path(scripts_on_elasticsearch.environment["ES_CA_CERT"]).read_text()
+    extensions = x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(pem)).extensions
+    assert not extensions.get_extension_for_class(x509.BasicConstraints).critical
+    with pytest.raises(x509.ExtensionNotFound):
+        extensions.get_extension_for_class(x509.KeyUsage)
+    path = picture("images/a.png")
+    assert counts(scripts_on_elasticsearch.create()) == {"new": 1}
+    assert scripts_on_elasticsearch.hits(path)[0]["_score"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_index_is_as_pinned(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    """Beside what an index template has for it: shards, replicas, and other people's _meta."""
+    scripts = scripts_on_elasticsearch
+    for number in range(20):
+        picture(f"images/{number}.png", size=(8, 8), seed=number)
+    settings = {"number_of_shards": 3, "number_of_replicas": 2, "refresh_interval": "7s"}
+    theirs = {"owner": "search team", "model": "theirs"}
+    template = {"index_patterns": [scripts.index], "template": {"settings": settings, "mappings": {"_meta": theirs}}}
+    scripts.request("PUT", f"_index_template/{scripts.index}", template)
+    try:
+        scripts.create()
+    finally:
+        scripts.request("DELETE", f"_index_template/{scripts.index}")
+    assert counts(scripts.create()) == {"unchanged": 20}
+    index = scripts.request("GET", scripts.index)[scripts.index]
+    kept = index["settings"]["index"]
+    assert (kept["number_of_shards"], kept["number_of_replicas"], kept["refresh_interval"]) == ("3", "2", "7s")
+    meta = {"name": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": str(scripts.folder)}
+    assert index["mappings"]["_meta"] == theirs | {"imagesearch": meta}
+    assert index["mappings"]["dynamic"] == "strict"
+    vector = index["mappings"]["properties"].pop("embeddings")
+    assert (vector["type"], vector["dims"], vector["similarity"]) == ("dense_vector", 768, "cosine")
+    assert vector["index_options"] == {"type": "hnsw", "m": 16, "ef_construction": 100}
+    assert set(index["mappings"]["properties"]) == {"desc", "file_path", "size", "mtime", "sha256"}
+    response = scripts.search("images/7.png", "-k", 3)[0]
+    assert response["_shards"] == {"total": 3, "successful": 3, "skipped": 0, "failed": 0}
+    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/7.png"]
+
+
+@pytest.mark.parametrize("index_type", INDEX_TYPES)
+def test_an_index_has_the_type_that_is_asked_for(
+    index_type: str, scripts_on_elasticsearch: Scripts, picture: Picture
+) -> None:
+    scripts = scripts_on_elasticsearch
+    paths = [picture(f"images/{number}.png", seed=number) for number in range(30)]
+    scripts.create("--index-type", index_type)
+    mappings = scripts.request("GET", f"{scripts.index}/_mapping")[scripts.index]["mappings"]
+    assert mappings["properties"]["embeddings"]["index_options"]["type"] == index_type
+    for path, response in zip(paths, scripts.search(*paths), strict=True):
+        assert response["hits"]["hits"][0]["fields"]["file_path"] == [f"./{path.relative_to(scripts.folder)}"]
+        assert response["hits"]["max_score"] == pytest.approx(1, abs=1e-6)  # scored by the exact vector
+    assert counts(scripts.create("--index-type", index_type)) == counts(scripts.create()) == {"unchanged": 30}
+    other = "hnsw" if index_type != "hnsw" else "bbq_hnsw"
+    stderr = scripts.create("--index-type", other, code=2)
+    assert f"is of type {index_type}, not {other}: leave out --index-type, or use another --index" in stderr
+
+
+def test_nearly_all_of_the_nearest_are_found_whatever_the_embeddings_shape(scripts_on_elasticsearch: Scripts) -> None:
+    """docs/scaling.md has more, by `make neighbors`."""
+    size, k = 5000, 10
+    connection = Connection.from_env(scripts_on_elasticsearch.environment)
+    for shape, make in SHAPES.items():
+        embeddings, queries = make(size, 1), make(size, 2)[:100]
+        load_index(scripts_on_elasticsearch.environment, scripts_on_elasticsearch.index, "hnsw", embeddings)
+        with open_index(scripts_on_elasticsearch.index, connection, Path()) as index:
+            index.get_metadata()
+            found = [numbers(index.search(query, k)) for query in queries]
+        right = nearest(embeddings, queries, k)
+        recall = (
+            sum(len(nearby & set(truth.tolist())) for nearby, truth in zip(found, right, strict=True))
+            / k
+            / len(queries)
+        )
+        assert recall >= 0.995, shape
+        scripts_on_elasticsearch.request("DELETE", scripts_on_elasticsearch.index)
+
+
+def test_an_index_that_is_not_ours_is_refused_and_left_alone(scripts_on_elasticsearch: Scripts) -> None:
+    scripts = scripts_on_elasticsearch
+    scripts.request("PUT", scripts.index, {"mappings": {"properties": {"title": {"type": "text"}}}})
+    assert "no record of its model" in scripts.fail(2)
+    assert scripts.count() == 0
+    meta = {"imagesearch": {"name": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": "/"}}
+    scripts.request("DELETE", scripts.index)
+    small = {"_meta": meta, "properties": {"embeddings": {"type": "dense_vector", "dims": 8}}}
+    scripts.request("PUT", scripts.index, {"mappings": small})
+    assert "not made by this version of create.py" in scripts.fail(2)
+
+
+def run_block(document: str, beginning: str, scripts: Scripts) -> "subprocess.Popen[str]":
+    """Starts the block of commands in `document` that begins so, with the test's index in place of `images`."""
+    found = re.search(
+        rf"^```sh\n({re.escape(beginning)}.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert found
+    ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
+    commands = found[1].replace("images", scripts.index).replace("python3 create.py", ours)
+    command = ["bash", "-ec", f"ES_INDEX={scripts.index}; {commands}"]
+    return subprocess.Popen(command, cwd=scripts.folder, env=scripts.environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_another_model_takes_over_without_a_gap(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    """The commands of docs/models.md: the next index is built while this one serves, and takes its name."""
+    scripts = scripts_on_elasticsearch
+    for number in range(10):
+        picture(f"images/{number}.png", seed=number)
+    averaging_model(scripts.folder / "other.onnx")
+    averaging_model(scripts.folder / "third.onnx", scale=2)
+    scripts.create()
+    for model, before, after in (("other.onnx", "", "-v2"), ("third.onnx", "-v2", "-v3")):
+        assert scripts.hits("images/3.png")[0]["_index"] == scripts.index + before
+        switching = run_block("docs/models.md", f"python3 create.py --model {model}", scripts)
+        while switching.poll() is None:
+            assert 10 in (scripts.count(), scripts.count())  # under way just when its index was removed: once more
+        output, _ = switching.communicate()
+        assert switching.returncode == 0 and json.loads(output)["acknowledged"]
+        (hit,) = scripts.hits("images/3.png")
+        assert (hit["_index"], hit["fields"]["file_path"]) == (scripts.index + after, ["./images/3.png"])
+        scripts.model = model
+        assert counts(scripts.create()) == {"unchanged": 10}  # an alias is written through as well
+    actions = [{"add": {"index": f"{scripts.index}-v2", "alias": scripts.index}}]
+    scripts.request("POST", "_aliases", {"actions": actions})
+    assert f"{scripts.index} is an alias of several indices ({scripts.index}-v2, {scripts.index}-v3)" in scripts.fail(2)
+    done = run_block("README.md", "curl", scripts)  # "to start over" works after that, too
+    assert done.wait() == 0
+    assert scripts.request("GET", f"{scripts.index}*?ignore_unavailable=true") == {}
+
+
+def test_a_search_keeps_to_the_index_whose_model_it_has(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    """An alias is switched after its metadata was read."""
+    scripts = scripts_on_elasticsearch
+    picture("images/3.png")
+    name, versions = scripts.index, [f"{scripts.index}-v1", f"{scripts.index}-v2"]
+    for scripts.index in versions:
+        scripts.create()
+    actions = [{"add": {"index": versions[0], "alias": name}}]
+    scripts.request("POST", "_aliases", {"actions": actions})
+    with open_index(name, Connection.from_env(scripts.environment), Path()) as index:
+        index.get_metadata()
+        actions = [{"remove": {"index": versions[0], "alias": name}}, {"add": {"index": versions[1], "alias": name}}]
+        scripts.request("POST", "_aliases", {"actions": actions})
+        assert index.search(np.ones(768, np.float32), 1)["hits"]["hits"][0]["_index"] == versions[0]
+    scripts.request("DELETE", ",".join(versions))
+
+
+def test_elasticsearch_9_serves_as_8_does(
+    elasticsearch_to_kill: Elasticsearch, tmp_path: Path, picture: Picture
+) -> None:
+    if not elasticsearch_to_kill.release.startswith("9"):
+        pytest.skip("there is no JDK 21 or newer here; that leaves Elasticsearch 9 untested")
+    scripts = Scripts(tmp_path, environment(tmp_path) | elasticsearch_to_kill.environment)
+    for number in range(50):
+        picture(f"images/{number % 5}/{number}.png", seed=number)
+    assert counts(scripts.create()) == {"new": 50}
+    before = scripts.embeddings()
+    (scripts.folder / "images" / "0" / "0.png").touch()
+    picture("images/0/5.png", seed=5).unlink()
+    (scripts.folder / "images" / "1").rename(scripts.folder / "images" / "one")
+    assert counts(scripts.create("--prune")) == {"new": 10, "known": 10, "unchanged": 39, "deleted": 11}
+    # To the last bit, though 9.2 would leave vectors out of _source.
+    assert all(bits == before[path.replace("/one/", "/1/")] for path, bits in scripts.embeddings().items())
+    hits = scripts.hits(scripts.folder / "images" / "0" / "0.png", "-k", 10, "--desc", "0")
+    assert len(hits) == 9 and hits[0]["fields"] == {"file_path": ["./images/0/0.png"], "desc": ["0"]}
+
+
+# Who may do what
+
+
+def as_role(scripts: Scripts, role: str) -> dict[str, str]:
+    """The environment of a role's user."""
+    if scripts.environment["ES_CA_CERT"] == "":
+        pytest.skip("the server of TEST_ES_URL has no users of the tests' roles; that leaves privileges untested")
+    return {"ES_URL": scripts.environment["ES_URL"].replace("//admin:", f"//{role}:")}
+
+
+def test_the_smallest_privileges_are_enough(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    scripts = scripts_on_elasticsearch
+    creator, searcher = as_role(scripts, "creator"), as_role(scripts, "searcher")
+    first, second = picture("images/a.png"), picture("images/b.png")
+    assert counts(scripts.create(**creator)) == {"new": 2}
+    second.rename(second.with_name("c.png"))
+    first.touch()
+    assert counts(scripts.create("--prune", **creator)) == {"new": 1, "known": 1, "unchanged": 1, "deleted": 1}
+    (response,) = scripts.search(first, "-k", 2, "--html", "page.html", **searcher)
+    assert response["hits"]["total"]["value"] == 2
+    assert "no image of class Owl" in scripts.run("search.py", first, "--desc", "Owl", **searcher).stderr
+
+
+@pytest.mark.parametrize("role", sorted(role for role in ROLES if "-without-" in role))
+def test_each_of_the_privileges_is_needed(role: str, scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    scripts = scripts_on_elasticsearch
+    path = picture("images/a.png")
+    if role.startswith("creator"):
+        done = scripts.run("create.py", "--prune", **as_role(scripts, role))
+    else:
+        scripts.create()
+        done = scripts.run("search.py", path, **as_role(scripts, role))
+    assert done.returncode == 2 and PRIVILEGES_HINT in done.stderr, done.stderr
+
+
+def test_messages_and_docs_name_just_these() -> None:
+    key = re.search(r'"privileges": \[([^]]*)\]', (ROOT / "docs" / "elasticsearch.md").read_text())
+    assert key and re.findall(r'"(\w+)"', key[1]) == ROLES["creator"]
+    for role, script in (("creator", "create.py"), ("searcher", "search.py")):
+        *most, last = ROLES[role]
+        assert f"{script} needs the privileges {', '.join(most)} and {last}" in PRIVILEGES_HINT.replace(
+            "needs read", "needs the privileges read"
+        )
+
+
+def test_an_api_key_stands_for_the_password(scripts_on_elasticsearch: Scripts, bird_images: list[Path]) -> None:
+    scripts = scripts_on_elasticsearch
+    privileges = {"images": {"indices": [{"names": [scripts.index], "privileges": ["all"]}]}}
+    try:
+        key = scripts.request("POST", "_security/api_key", {"name": scripts.index, "role_descriptors": privileges})
+    except AssertionError as refused:
+        assert "pattern_capture" in str(refused)
+        pytest.skip("this Elasticsearch keeps no API keys: set TEST_ES_URL; that leaves a real key untested")
+    keyed = {"ES_URL": re.sub(PASSWORD, "", scripts.environment["ES_URL"]), "ES_API_KEY": key["encoded"]}
+    assert counts(scripts.create(**keyed)) == {"new": 31}
+    assert scripts.search(bird_images[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_api_key_is_sent_by_both_scripts(scripts_on_file: Scripts, web: HTTPServer, picture: Picture) -> None:
+    path = picture("images/a.png")
+    headers = {"X-Elastic-Product": "Elasticsearch"}
+    web.expect_request(re.compile(".*"), method="GET").respond_with_json({"error": "none"}, 404, headers)
+    web.expect_request(re.compile(".*"), method="PUT").respond_with_json({"error": "no"}, 401, headers)
+    keyed = {"ES_URL": web.url_for("").rstrip("/"), "ES_API_KEY": "a2V5OmtleQ=="}
+    assert "rejected the API key in ES_API_KEY (HTTP 401)" in scripts_on_file.create(code=2, **keyed)
+    scripts_on_file.run("search.py", path, **keyed)
+    sent = [(request.method, request.headers.get("Authorization")) for request, _ in web.log]
+    assert sent[:2] == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
+    assert len(sent) >= 3 and {key for _, key in sent} == {"ApiKey a2V5OmtleQ=="}
+
+
+# What cannot work is one line
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"ES_URL": (PASSWORD, "admin:wrong@")}, 2, "rejected the user or password in ES_URL (HTTP 401)"),
+        ({"ES_URL": (PASSWORD, "")}, 2, "requires authentication (HTTP 401), and none was given"),
+        ({"ES_URL": ("@localhost:.*", "@localhost:9")}, 1, "No answer from https://localhost:9 ("),
+        ({"ES_URL": ("@localhost:", "@nowhere.invalid:")}, 1, "No answer from https://nowhere.invalid:"),
+        ({"ES_URL": ("@localhost:", "@a..b:")}, 1, "No answer from https://a..b:"),
+        ({"ES_URL": ("https", "http")}, 1, "If that port uses TLS, ES_URL must begin with https://"),
+        ({"ES_CA_CERT": (".+", "")}, 2, "set ES_CA_CERT to the file of the CA that signed it"),
+        ({"ES_CA_CERT": (".+", "other.pem")}, 2, "ES_CA_CERT is other.pem, which is not the CA that signed it"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(
+    change: dict[str, tuple[str, str]], code: int, message: str, scripts_on_elasticsearch: Scripts
+) -> None:
+    scripts = scripts_on_elasticsearch
+    CA().write(scripts.folder / "other.pem")
+    changed = {name: re.sub(*pair, scripts.environment[name], count=1) for name, pair in change.items()}
+    assert message in scripts.fail(code, **changed)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expired", "trusted", "message"),
+    [
+        (["other.example.com"], False, True, r"[Hh]ostname mismatch.*: use a host name in ES_URL that the certificate"),
+        (["127.0.0.2"], False, True, r"[Hh]ostname mismatch.*: use a host name in ES_URL that the certificate"),
+        (["localhost"], True, True, r"certificate has expired\): renew the server's certificate, or set this machine"),
+        (["localhost"], False, False, r"ES_CA_CERT is \S+, which is not the CA that signed it"),
+    ],
+)
+def test_a_certificate_that_is_refused_is_reported_with_its_reason(
+    hosts: list[str], expired: bool, trusted: bool, message: str, scripts_on_file: Scripts
+) -> None:
+    authority, folder = CA(), scripts_on_file.folder
+    ca = (authority if trusted else CA()).write(folder / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.issue(folder, *hosts, expired=expired))
+    with HTTPServer(ssl_context=context) as server:
+        line = scripts_on_file.fail(2, ES_URL=f"https://localhost:{server.port}", ES_CA_CERT=str(ca))
+    assert f"The certificate of https://localhost:{server.port} cannot be verified (" in line
+    assert re.search(message, line), line
+    assert line.count("(") == line.count(")")
+
+
+def test_a_port_without_tls_is_reported_as_such(scripts_on_file: Scripts, web: HTTPServer) -> None:
+    line = scripts_on_file.fail(1, ES_URL=f"https://127.0.0.1:{web.port}")
+    assert "If that port does not use TLS, ES_URL must begin with http://" in line
+
+
+REDIRECT = Response("", 302, {"Location": "https://admin:hunter2@db.example.com:9243/?token=hunter2"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    [
+        (Response("<html>It works!</html>", 200), 2, r"is not Elasticsearch, .* with text/\S+.* Check ES_URL\."),
+        (Response("", 200, content_type="application/json"), 2, "is not Elasticsearch, .* Check ES_URL"),
+        (Response('{"hello": "world"}', 200, content_type="application/json"), 2, "is not Elasticsearch, "),
+        (Response("[]", 200, content_type="application/json"), 2, "is not Elasticsearch, "),
+        (Response("Bad gateway", 502), 1, r"No answer from Elasticsearch \(\S+ answered HTTP 502\)\."),
+        (Response("Too large", 413), 2, r"\(HTTP 413\): raise the limit of the proxy"),
+        (REDIRECT, 2, "redirects to another address: set ES_URL to that address"),
+    ],
+)
+def test_what_is_not_elasticsearch_is_reported_in_one_line(
+    answer: Response, code: int, message: str, scripts_on_file: Scripts, web: HTTPServer
+) -> None:
+    def reply(_: Request) -> Response:
+        return Response(answer.get_data(), answer.status_code, dict(answer.headers))
+
+    web.expect_request(re.compile(".*")).respond_with_handler(reply)
+    line = scripts_on_file.fail(code, ES_URL=f"http://admin:hunter2@127.0.0.1:{web.port}")
+    assert re.search(message, line), line
+    assert "hunter2" not in line
+
+
+def test_a_missing_shard_is_said_and_is_no_empty_index(
+    scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture
+) -> None:
+    scripts, path = scripts_on_elasticsearch, picture("images/a.png")
+    scripts.create()
+    headers = {"X-Elastic-Product": "Elasticsearch"}
+    index = scripts.request("GET", scripts.index)
+    shards = {"total": 2, "successful": 1, "skipped": 0, "failed": 1}
+    empty: dict[str, Any] = {"total": {"value": 0, "relation": "eq"}, "max_score": None, "hits": []}
+    web.expect_request(f"/{scripts.index}").respond_with_json(index, headers=headers)
+    answer = {"took": 1, "timed_out": False, "_shards": shards, "hits": empty}
+    web.expect_request(f"/{scripts.index}/_search").respond_with_json(answer, headers=headers)
+    done = scripts.run("search.py", path, ES_URL=web.url_for("").rstrip("/"))
+    assert done.returncode == 1 and done.stdout.count("\n") == 1
+    assert "some shards failed or timed out" in done.stderr and "is empty" not in done.stderr
+
+
+def test_insecure_goes_on_without_the_ca_and_says_so(
+    scripts_on_elasticsearch: Scripts, bird_images: list[Path]
+) -> None:
+    scripts = scripts_on_elasticsearch
+    assert "Warning: --insecure does not verify" in scripts.create("--insecure", ES_CA_CERT="")
+    done = scripts.run("search.py", bird_images[0], "--insecure", ES_CA_CERT="")
+    assert done.returncode == 0 and "--insecure" in done.stderr and done.stderr.count("\n") == 1
+    for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PYTHONHTTPSVERIFY"):  # nothing else turns it off
+        done = scripts.run("search.py", bird_images[0], ES_CA_CERT="", **{variable: ""})
+        assert done.returncode == 2 and "cannot be verified" in done.stderr

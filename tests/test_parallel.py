@@ -1,0 +1,117 @@
+"""A bounded parallel map, batches and chunks, CPUs, and a limit on memory."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagesearch.parallel import MemoryLimit, available_cpus, batch_until_error, make_chunks, map_buffered
+
+
+def failing() -> Iterator[int]:
+    yield from range(6)
+    raise ValueError
+
+
+def test_memory_is_reserved_in_turns() -> None:
+    limit, most, reserved, lock = MemoryLimit(100), 0, 0, threading.Lock()
+
+    def use(size: int) -> None:
+        nonlocal most, reserved
+        with limit.reserve(size):
+            with lock:
+                reserved += size
+                most = max(most, reserved)
+            time.sleep(0.001)
+            with lock:
+                reserved -= size
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, [60, 30, 50, 100, 10] * 20))
+        assert 60 < most <= 100
+        use(500)  # more than the limit, alone
+    assert most == 500
+
+
+def test_the_order_is_kept_and_what_is_ahead_is_bounded() -> None:
+    pulled = 0
+
+    def items() -> Iterator[int]:
+        nonlocal pulled
+        for number in range(200):
+            pulled += 1
+            yield number
+
+    def slow(number: int) -> int:
+        time.sleep(0.001 * (number % 3))
+        return number * number
+
+    with ThreadPoolExecutor(4) as pool:
+        results = map_buffered(pool, slow, items(), buffersize=10)
+        for number in range(200):
+            assert next(results) == number * number
+            assert pulled <= number + 11
+
+
+def test_a_consumer_that_stops_early_cancels_the_rest() -> None:
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.01)
+        done.append(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        results = map_buffered(pool, slow, range(1000), buffersize=50)
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    assert len(done) < 10
+
+
+def test_what_came_before_an_error_is_not_lost() -> None:
+    assert [len(batch) for batch in batch_until_error(range(10), 4)] == [4, 4, 2]
+    batches = batch_until_error(failing(), 4)
+    assert [next(batches), next(batches)] == [[0, 1, 2, 3], [4, 5]]
+    chunks = make_chunks(failing(), 100, 1, lambda item: 0, 0)
+    with ThreadPoolExecutor(1) as pool:
+        results = map_buffered(pool, lambda item: item, failing(), 3)
+        assert [next(results) for _ in range(6)] == list(range(6))
+        for iterator in (batches, results):
+            with pytest.raises(ValueError):
+                next(iterator)
+    with pytest.raises(ValueError):
+        assert sum(len(chunk) for chunk in chunks) == 6
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 9), st.integers(1, 4))
+def test_chunks_keep_all_items_in_order_within_their_limits(items: list[int], size: int, workers: int) -> None:
+    chunks = list(make_chunks(items, size, workers, lambda item: item, 10))
+    assert [item for chunk in chunks for item in chunk] == items
+    assert all(len(chunk) <= size and (sum(chunk) <= 10 or len(chunk) == 1) for chunk in chunks)
+
+
+def test_the_last_chunks_are_smaller() -> None:
+    sizes = [len(chunk) for chunk in make_chunks(range(100), 16, 2, lambda item: 0, 0)]
+    assert sizes[0] == 16 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [(None, 6), ("max 100000\n", 6), ("250000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 6)],
+)
+def test_available_cpus_are_those_that_this_process_may_use(
+    quota: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(path: Path) -> str:
+        if quota is None or str(path) != "/sys/fs/cgroup/cpu.max":
+            raise FileNotFoundError
+        return quota
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_cpus() == expected

@@ -1,0 +1,147 @@
+"""A marked password and a marked key, through every way to fail: neither is ever shown or kept."""
+
+import re
+import subprocess
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagesearch.errors import UsageError
+from imagesearch.index.connection import Connection
+from imagesearch.paths import without_credentials
+from tests.pictures import Picture, averaging_model
+from tests.running import Scripts
+
+PASSWORD = "hunter2&SECRET/marked"
+KEY = "SECRETmarkedKEY=="
+MARKED = ("SECRET", quote(PASSWORD, safe=""), "aHVudGVyMi")  # plain, in a URL, and as base64 begins it
+WITH_PASSWORD = f"https://admin:{quote(PASSWORD, safe='')}@"
+
+# Environments that cannot work, each with a secret in it; {} is where the server is.
+FAILING = {
+    "wrong password": {"ES_URL": WITH_PASSWORD + "{}"},
+    "wrong key": {"ES_URL": "https://{}", "ES_API_KEY": KEY},
+    "both": {"ES_URL": WITH_PASSWORD + "{}", "ES_API_KEY": KEY},
+    "no server": {"ES_URL": WITH_PASSWORD + "localhost:9"},
+    "no such host": {"ES_URL": WITH_PASSWORD + "nowhere.invalid:9200"},
+    "wrong CA": {"ES_URL": WITH_PASSWORD + "{}", "ES_CA_CERT": ""},
+    "no CA file": {"ES_URL": WITH_PASSWORD + "{}", "ES_CA_CERT": "missing.pem"},
+    "plain http": {"ES_URL": WITH_PASSWORD.replace("https", "http") + "{}"},
+    "no scheme": {"ES_URL": WITH_PASSWORD.removeprefix("https://") + "{}"},
+    "unknown scheme": {"ES_URL": WITH_PASSWORD.replace("https", "elastic") + "{}"},
+    "spaces": {"ES_URL": f"https://admin:{PASSWORD} x@" + "{}"},
+    "not encoded": {"ES_URL": f"https://admin:{PASSWORD}@" + "{}"},
+    "a path": {"ES_URL": WITH_PASSWORD + "{}/no/such/path"},
+    "a bad port": {"ES_URL": WITH_PASSWORD + "localhost:port"},
+    "two addresses": {"ES_URL": WITH_PASSWORD + "{},https://admin:other@{}"},
+    "a key of two lines": {"ES_URL": "https://{}", "ES_API_KEY": f"{KEY}\n{KEY}"},
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_no_error_shows_a_secret(name: str, scripts_on_elasticsearch: Scripts) -> None:
+    there = scripts_on_elasticsearch.environment["ES_URL"].split("@")[-1]
+    code = 1 if name in ("no server", "no such host", "plain http") else 2
+    values = {variable: value.replace("{}", there) for variable, value in FAILING[name].items()}
+    line = scripts_on_elasticsearch.fail(code, **values)
+    for secret in MARKED:
+        assert secret not in line, name
+
+
+def test_neither_help_nor_the_process_list_shows_a_secret(scripts_on_file: Scripts) -> None:
+    environment = {"ES_URL": WITH_PASSWORD + "localhost:9"}
+    for script in ("create.py", "search.py"):
+        done = scripts_on_file.run(script, "--help", **environment)
+        assert done.returncode == 0 and "hunter2" not in done.stdout
+    process = scripts_on_file.start("search.py", "-", stdin=subprocess.PIPE)
+    command = Path(f"/proc/{process.pid}/cmdline")
+    assert not command.exists() or b"SECRET" not in command.read_bytes()
+    process.communicate("")
+
+
+def test_the_files_that_stay_hold_no_secret(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    model = averaging_model(scripts_on_file.folder / "model.onnx")
+    scripts_on_file.create("--model", model, ES_API_KEY=KEY, SECRET=PASSWORD)
+    for path in scripts_on_file.folder.rglob("*"):
+        assert not path.is_file() or b"SECRET" not in path.read_bytes(), path
+
+
+PIECES = st.text(max_size=8) | st.sampled_from(["1/", "/", "?", "#", "@", ":", ",", "%", "[", "]", "\\", " "])
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(["https", "http"]) | st.text(max_size=5), PIECES, PIECES)
+def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: str, after: str) -> None:
+    try:
+        shown = repr(Connection.from_env({"ES_URL": f"{scheme}://admin:{before}SECRET{after}@host:9200"}))
+    except UsageError as error:
+        shown = str(error)
+    assert "SECRET" not in shown
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(st.sampled_from(["https", "http"]), PIECES, PIECES)
+def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:
+    assert "SECRET" not in without_credentials(f"{scheme}://admin:{before}SECRET{after}@host/a.png?x=1")
+    assert "SECRET" not in without_credentials(f"{scheme}://host/a.png?{before}=SECRET{after}")
+
+
+@pytest.mark.parametrize("url", ["s3://user:SECRET@birds/a.jpg", "s3://user:SECRET@birds", "http://u:SE/CRET@h/a.png"])
+def test_a_query_with_a_password_is_refused_without_it(url: str, scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    scripts_on_file.create()
+    done = scripts_on_file.run("search.py", url)
+    assert done.returncode == 1 and done.stdout.count("\n") == 1
+    assert "SECRET" not in done.stdout + done.stderr and "CRET@" not in done.stdout + done.stderr
+
+
+# Addresses
+
+
+def connect(url: str, **more: str) -> Connection:
+    connection = Connection.from_env({"ES_URL": url} | more)
+    assert connection
+    return connection
+
+
+def test_what_an_address_may_be() -> None:
+    assert Connection.from_env({}) is Connection.from_env({"ES_URL": " "}) is None
+    ours = connect("https://ad%40min:p%2Fw%3A%20%25@db.example.com:31000/")
+    assert (ours.url, ours.username, ours.password) == ("https://db.example.com:31000", "ad@min", "p/w: %")
+    assert connect("http://[::1]/es/").url == "http://[::1]:80/es"
+    assert connect("https://host:9200", ES_API_KEY="a2V5").api_key == "a2V5"
+    assert "hunter2" not in repr(connect("https://u:hunter2@host:9200"))
+    assert "hunter2" not in repr(connect("https://host:9200", ES_API_KEY="hunter2"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("host:9200", "ftp://u:hunter2@host:9200", "https://", "https://u:hunter2@host:port"),
+        *("https://u:hunter2@host:99999", "https://u:hunter2@ho st:9200", "https://u:hunter2@[host:9200"),
+        *("https://u:hunter2@host:9200?x=1", "https://hunter2@host:9200", "https://:hunter2@host:9200"),
+        "https://u:hunter2@one:1,https://two:2",
+    ],
+)
+def test_what_cannot_be_an_address_is_reported_in_one_line_without_the_password(url: str) -> None:
+    with pytest.raises(UsageError, match="ES_URL") as error:
+        connect(url)
+    assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_certificate_file_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for path, why in ((tmp_path / "ca.pem", "PEM"), (tmp_path / "missing.pem", "No such file"), (tmp_path, "PEM|dir")):
+        with pytest.raises(UsageError, match=why):
+            connect("https://host:9200", ES_CA_CERT=str(path))
+
+
+def test_git_has_no_secret_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert not [name for name in tracked if re.search(r"\.(pem|tfvars|tfstate|db)$", name)]
