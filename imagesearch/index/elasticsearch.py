@@ -32,9 +32,9 @@ MAX_CLASSES = 10_000  # that are listed
 MIN_CANDIDATES, MAX_CANDIDATES = 1500, 10_000  # Elasticsearch's limit is 10,000
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
-# How many times k candidates are scored again with their exact vectors; hnsw has exact ones in its graph. Recall in
-# docs/scaling.md.
-OVERSAMPLE = {"int8_hnsw": 2, "bbq_hnsw": 3}
+# How many times as many candidates are found and scored again with their exact vectors, where the graph has none.
+# docs/scaling.md has the recall that this gives.
+OVERSAMPLE = {"int8_hnsw": 1, "bbq_hnsw": 5}
 
 SAY_RETRY_SECONDS = 10
 

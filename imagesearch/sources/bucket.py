@@ -111,8 +111,8 @@ def open_object(url: str) -> Iterator[OpenedImage]:
         try:
             stack.enter_context(content_memory.reserve(min(obstore.head(store, key)["size"], MAX_CONTENT_BYTES)))
             image = _read(store, bucket_url, key)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(_short_reason(error)) from None
         except OBSTORE_ERRORS as error:
             if isinstance(error, BaseError) and (_is_unreachable(error) or "PermissionDenied" in type(error).__name__):
                 raise _explain(error, bucket_url) from None
