@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from imagesearch.index import Index
 from imagesearch.models import Model
 from imagesearch.parallel import available_cpus, make_chunks, map_buffered
 from imagesearch.paths import BUCKET_URL, HTTP_URL
-from imagesearch.progress import Progress
 from imagesearch.records import Candidate, Document, Embedded, Embedding, MetadataUpdate, OpenedImage, Unreadable
 from imagesearch.sources import Query, Source
+
+if TYPE_CHECKING:
+    from imagesearch.progress import Progress  # which search.py does not need
 
 CHUNK_SIZE = 32  # images that are opened and looked up together
 CHUNK_BYTES = 64_000_000  # of their contents; a larger image is a chunk of its own
@@ -89,7 +92,7 @@ class Embedder:
 
 
 def embed_images(
-    candidates: Iterable[Candidate], source: Source, model: Model, index: Index, progress: Progress
+    candidates: Iterable[Candidate], source: Source, model: Model, index: Index, progress: "Progress"
 ) -> Generator[Document | MetadataUpdate, None, None]:
     """Yields what is to be written for each image, in order; counts images that cannot be read.
 
