@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadgroup
 
-.PHONY: help demo test test-fast lint benchmark neighbors options pin clean
+.PHONY: help demo test test-fast lint benchmark neighbors pin clean
 
 help:
 	@echo 'make demo       index and search a sample set of pictures, in build/demo'
@@ -12,8 +12,7 @@ help:
 	@echo 'make test-fast  run the tests that need no server'
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
-	@echo 'make neighbors  measure recall and indexing speed on a real Elasticsearch, and write build/neighbors.md'
-	@echo 'make options    write docs/options.md from --help'
+	@echo 'make neighbors  measure recall on a real Elasticsearch, and write build/neighbors.md'
 	@echo 'make pin        compile requirements*.in to requirements*.txt, every version pinned'
 	@echo 'make clean      remove .venv and build'
 
@@ -35,14 +34,17 @@ benchmark: $(VENV)/installed-dev
 	$(BIN)/python -m tools.benchmark
 
 neighbors: $(VENV)/installed-dev
-	$(BIN)/python -m tools.benchmark.neighbors
+	$(BIN)/python -m tools.neighbors
 
-options: $(VENV)/installed-dev
-	$(BIN)/python -m tools.options
+# What imgbeddings names and this project never imports, with what only that needs: half of the whole.
+UNUSED := transformers tokenizers safetensors regex typer shellingham rich pygments markdown-it-py mdurl \
+    annotated-doc annotated-types pydantic pydantic-core typing-inspection \
+    scikit-learn scipy joblib cloudpickle narwhals threadpoolctl
 
 pin: $(VENV)/installed-dev
-	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade requirements.in -o requirements.txt
-	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade requirements-dev.in -o requirements-dev.txt
+	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade --custom-compile-command "make pin" \
+	    $(UNUSED:%=--no-emit-package %) requirements.in -o requirements.txt
+	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade --custom-compile-command "make pin" requirements-dev.in -o requirements-dev.txt
 
 clean:
 	rm -rf .venv build
@@ -53,7 +55,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python requirements.txt
 	@echo 'Installing the dependencies into $(VENV); this takes some minutes'
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python requirements.txt requirements-dev.txt

@@ -24,7 +24,7 @@ from imagesearch.index.connection import connect
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
 from imagesearch.paths import BUCKET_URL, index_folder, quote_path
-from imagesearch.records import IndexMetadata, ModelInfo, Unreadable, document_id
+from imagesearch.records import IndexMetadata, ModelInfo, Search, Unreadable, document_id
 from imagesearch.sources import find_queries
 
 if TYPE_CHECKING:
@@ -119,8 +119,9 @@ def search_all(
             return Result(query.name, {"error": {"type": "image_error", "reason": reason}, "status": 400})
         excluded = document_id(query.file_path) if arguments.exclude_self and query.file_path else None
         embedding = query.embedded.embedding
-        response = index.search(embedding, arguments.k, arguments.desc, arguments.min_score, excluded)
-        return Result(query.name, response)
+        return Result(
+            query.name, index.search(Search(embedding, arguments.k, arguments.desc, arguments.min_score, excluded))
+        )
 
     with ThreadPoolExecutor(index.max_searches) as pool:
         is_checked = False

@@ -99,7 +99,6 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
         megapixels = image.width * image.height / 1e6
         raise ValueError(f"{image.width}x{image.height} pixels of {image.format} ({megapixels:.0f} MP) are too many")
     image.draft("RGB", (max(1, image.width * DRAFT_SIZE // longest), max(1, image.height * DRAFT_SIZE // longest)))
-    _scale_transparency(image)
     with _decoding_memory.reserve(needed):
         image.load()
         rgb = to_rgb(image)
@@ -112,16 +111,6 @@ def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
     if image.info.get("progressive"):
         return PROGRESSIVE_JPEG_BYTES_PER_PIXEL
     return BYTES_PER_PIXEL.get(image.format or "", OTHER_BYTES_PER_PIXEL)
-
-
-def _scale_transparency(image: ImageFile.ImageFile) -> None:
-    """Makes the transparent color of a PNG one of the 8-bit values that its samples of other depths become."""
-    color = image.info.get("transparency")
-    rawmode = image.tile[0].args if image.format == "PNG" and image.tile else ""
-    if isinstance(color, int) and rawmode in ("L;2", "L;4"):
-        image.info["transparency"] = color * (85 if rawmode == "L;2" else 17)
-    elif isinstance(color, tuple) and rawmode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 def _exif_orientation(image: Image.Image) -> int:

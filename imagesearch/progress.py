@@ -16,8 +16,6 @@ from imagesearch.records import Document, MetadataUpdate, Skipped, Unreadable
 
 UNREADABLE_SHOWN = 20  # on a terminal
 KINDS_SHOWN = 10  # of skipped files
-MAX_KINDS = 1000  # that are counted apart: a million serial numbers may look like extensions
-OTHER = "other"  # all kinds beyond these
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 BAR_AFTER_SECONDS = 2  # so that its first rate is not that of one image
 
@@ -68,8 +66,7 @@ class Progress:
 
     def count_skipped(self, skipped: Skipped) -> None:
         """Counts a file that is not an image."""
-        is_new = skipped.kind not in self._skipped
-        self._skipped[OTHER if is_new and len(self._skipped) >= MAX_KINDS else skipped.kind] += 1
+        self._skipped[skipped.kind] += 1
 
     def count_unreadable(self, unreadable: Unreadable) -> None:
         """Counts an image or a folder that cannot be read, and says why."""
@@ -113,10 +110,10 @@ class Progress:
 
     def _skipped_kinds(self) -> str:
         """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""
-        shown = [pair for pair in self._skipped.most_common(KINDS_SHOWN + 1) if pair[0] != OTHER][:KINDS_SHOWN]
+        shown = self._skipped.most_common(KINDS_SHOWN)
         kinds = [f"{number:,} {kind}" for kind, number in shown]
         if others := self._skipped.total() - sum(number for _, number in shown):
-            kinds.append(f"{others:,} {OTHER}")
+            kinds.append(f"{others:,} other")
         return f"; skipped: {', '.join(kinds)}" if kinds else ""
 
     def say_interrupted(self) -> None:

@@ -169,6 +169,21 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """What to search for: the `k` documents nearest to `embedding`.
+
+    With `desc` only documents of this class, with `min_score` only those that score at least this, without the one
+    whose ``_id`` is `excluded_id`.
+    """
+
+    embedding: Embedding
+    k: int
+    desc: str | None = None
+    min_score: float | None = None
+    excluded_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MetadataUpdate:
     """An image whose size or mtime changed but whose content is what the index holds: its embedding stays."""
 

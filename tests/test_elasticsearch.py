@@ -17,7 +17,7 @@ from werkzeug import Request, Response
 from imagesearch.index import INDEX_TYPES, open_index
 from imagesearch.index.connection import Connection
 from imagesearch.index.elasticsearch_errors import PRIVILEGES_HINT
-from imagesearch.records import PREPROCESSING
+from imagesearch.records import PREPROCESSING, Search
 from tests.certificates import CA
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, counts, environment
@@ -99,7 +99,7 @@ def test_nearly_all_of_the_nearest_are_found_whatever_the_embeddings_shape(scrip
         scripts_on_elasticsearch.request("POST", f"{scripts_on_elasticsearch.index}/_forcemerge?max_num_segments=1")
         with open_index(scripts_on_elasticsearch.index, connection, Path()) as index:
             index.get_metadata()
-            found = [numbers(index.search(query, k)) for query in queries]
+            found = [numbers(index.search(Search(query, k))) for query in queries]
         right = nearest(embeddings, queries, k)
         recall = (
             sum(len(nearby & set(truth.tolist())) for nearby, truth in zip(found, right, strict=True))
@@ -174,7 +174,7 @@ def test_a_search_keeps_to_the_index_whose_model_it_has(scripts_on_elasticsearch
         index.get_metadata()
         actions = [{"remove": {"index": versions[0], "alias": name}}, {"add": {"index": versions[1], "alias": name}}]
         scripts.request("POST", "_aliases", {"actions": actions})
-        assert index.search(np.ones(768, np.float32), 1)["hits"]["hits"][0]["_index"] == versions[0]
+        assert index.search(Search(np.ones(768, np.float32), 1))["hits"]["hits"][0]["_index"] == versions[0]
     scripts.request("DELETE", ",".join(versions))
 
 
@@ -297,9 +297,9 @@ def test_what_cannot_be_reached_is_one_line(
 @pytest.mark.parametrize(
     ("hosts", "expired", "trusted", "message"),
     [
-        (["other.example.com"], False, True, r"[Hh]ostname mismatch.*: use a host name in ES_URL that the certificate"),
-        (["127.0.0.2"], False, True, r"[Hh]ostname mismatch.*: use a host name in ES_URL that the certificate"),
-        (["localhost"], True, True, r"certificate has expired\): renew the server's certificate, or set this machine"),
+        (["other.example.com"], False, True, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
+        (["127.0.0.2"], False, True, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
+        (["localhost"], True, True, r"certificate has expired\): check the host name in ES_URL, and the server's cert"),
         (["localhost"], False, False, r"ES_CA_CERT is \S+, which is not the CA that signed it"),
     ],
 )

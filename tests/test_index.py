@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from imagesearch.index import WritableIndex
 from imagesearch.paths import file_path_to_local, path_to_text
-from imagesearch.records import Document, Embedded, FileMetadata, ImageFile, IndexMetadata, MetadataUpdate, ModelInfo
+from imagesearch.records import (
+    Document,
+    Embedded,
+    FileMetadata,
+    ImageFile,
+    IndexMetadata,
+    MetadataUpdate,
+    ModelInfo,
+    Search,
+)
 from tests.running import Scripts
 
 METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
@@ -55,14 +64,14 @@ def test_any_name_is_kept(names: list[bytes], index: WritableIndex, tmp_path: Pa
     assert write(index, Document(image, A, Embedded(embedding)))
     assert index.get_file_metadata([image.id, "0" * 64]) == {image.id: FileMetadata(1, 2, A)}
     assert np.array_equal(index.find_embeddings([A, B])[A], embedding)
-    (hit,) = json.loads(json.dumps(index.search(embedding, 1, image.desc)))["hits"]["hits"]
+    (hit,) = json.loads(json.dumps(index.search(Search(embedding, 1, image.desc))))["hits"]["hits"]
     assert hit["_id"] == image.id
     assert hit["fields"] == {"file_path": [image.file_path], "desc": [image.desc]}
     assert os.fsencode(file_path_to_local(hit["fields"]["file_path"][0], "/")) == raw
     assert list(index.list_paths(str(tmp_path / "images"))) == [image.file_path]
     assert index.count_below(str(tmp_path / "images")) == 1
     assert index.list_classes() == [image.desc]
-    assert index.search(embedding, 1, excluded_id=image.id)["hits"]["hits"] == []
+    assert index.search(Search(embedding, 1, excluded_id=image.id))["hits"]["hits"] == []
     assert index.delete([image.id]) == 1
     index.refresh()
     os.unlink(raw)
@@ -71,7 +80,7 @@ def test_any_name_is_kept(names: list[bytes], index: WritableIndex, tmp_path: Pa
 def test_a_document_that_is_written_again_is_replaced(index: WritableIndex) -> None:
     for desc in ("before", "after"):  # the project's folder was renamed: ./x.png is in another class
         assert write(index, Document(ImageFile("/x.png", "./x.png", desc, 1, 1), A, Embedded(ONES)))
-    (hit,) = index.search(ONES, 9)["hits"]["hits"]
+    (hit,) = index.search(Search(ONES, 9))["hits"]["hits"]
     assert hit["fields"] == {"file_path": ["./x.png"], "desc": ["after"]}
 
 

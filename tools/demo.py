@@ -1,7 +1,6 @@
-"""`make demo`: the two scripts on a sample set, handwritten digits, in build/demo.
+"""`make demo`: the two scripts on a sample set, drawn landscapes, in build/demo.
 
-The digits come with scikit-learn: 8×8 pixels each, scanned at NIST (UCI Machine Learning Repository,
-"Optical Recognition of Handwritten Digits", 1998). 500 are indexed, 50 others searched for.
+500 are indexed, 50 others searched for.
 """
 
 import json
@@ -11,42 +10,36 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-
 from imagesearch.errors import ImageSearchError
+from imagesearch.models.hub import clip_path
+from tools.drawings import SCENES, draw_landscape
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "demo"
-INDEXED, HELD_OUT, SHOWN = 500, 50, 5
-IMAGE_SIZE = 128
+INDEXED, HELD_OUT, SHOWN = 500, 50, 6
 
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    queries = write_digits()
+    queries = draw()
     model = choose_model()
     run("create.py", "--model", model)
     lines = run("search.py", *queries).splitlines()
     nearest = [json.loads(line)["hits"]["hits"][0]["fields"]["desc"][0] for line in lines]
-    found = sum(desc == Path(query).stem.split("-")[0] for query, desc in zip(queries, nearest, strict=True))
-    print(f"\n{found} of {len(queries)} held-out digits found one of their own class nearest, with --model {model}.")
-    run("search.py", "-k", "12", "--html", "results.html", *queries[:SHOWN])
+    found = sum(query.startswith(desc) for query, desc in zip(queries, nearest, strict=True))
+    print(f"\n{found} of {len(queries)} new landscapes found one of their own kind nearest, with --model {model}.")
+    run("search.py", "-k", "10", "--html", "results.html", *queries[:SHOWN])
     print(f"Look at {(FOLDER / 'results.html').as_uri()}, then put your own pictures into images/.")
 
 
-def write_digits() -> list[str]:
-    """Writes the digits to be indexed below images/, and the others, whose names (`3-517.png`) it returns."""
-    digits = load_digits()
+def draw() -> list[str]:
+    """Draws those to be indexed below images/, and the others, whose names (`Beach-517.jpg`) it returns."""
     queries = []
     for number in range(INDEXED + HELD_OUT):
-        ink = np.asarray(digits.images[number]) / 16  # 0 to 16 in the data set
-        picture = Image.fromarray(np.uint8(255 - 255 * ink)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-        digit = digits.target[number]
-        name = f"images/{digit}/{number}.png" if number < INDEXED else f"{digit}-{number}.png"
+        scene = list(SCENES)[number % len(SCENES)]
+        name = f"images/{scene}/{number}.jpg" if number < INDEXED else f"{scene}-{number}.jpg"
         (FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(FOLDER / name)
+        draw_landscape(scene, number).save(FOLDER / name, quality=90)
         if number >= INDEXED:
             queries.append(name)
     return queries
@@ -54,8 +47,6 @@ def write_digits() -> list[str]:
 
 def choose_model() -> str:
     """Returns `clip` if it is on this machine or can be downloaded, otherwise `thumbnail`, and says so."""
-    from imagesearch.hub import clip_path
-
     try:
         clip_path()
     except ImageSearchError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from imagesearch.index.connection import Connection
-from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate
+from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate, Search
 
 INDEX_TYPES = ("hnsw", "int8_hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
 
@@ -46,19 +46,8 @@ class Index(Protocol):
     def list_classes(self) -> list[str]:
         """Returns the classes (`desc`) that documents have, at most 10,000."""
 
-    def search(
-        self,
-        embedding: Embedding,
-        k: int,
-        desc: str | None = None,
-        min_score: float | None = None,
-        excluded_id: str | None = None,
-    ) -> dict[str, Any]:
-        """Returns Elasticsearch's response with the `k` documents nearest to `embedding`.
-
-        With `desc` only documents of this class, with `min_score` only those that score at least this, without the
-        document whose ``_id`` is `excluded_id`.
-        """
+    def search(self, search: Search) -> dict[str, Any]:
+        """Returns Elasticsearch's response, with the nearest documents as its hits."""
 
 
 class WritableIndex(Index, Protocol):

@@ -20,7 +20,16 @@ from imagesearch.console import say
 from imagesearch.errors import UsageError
 from imagesearch.index.connection import Connection
 from imagesearch.index.elasticsearch_errors import connection_error, network_reason, response_error
-from imagesearch.records import DIMENSIONS, SCORE_TOLERANCE, Embedding, FileMetadata, IndexMetadata, ModelInfo
+from imagesearch.records import (
+    DIMENSIONS,
+    SCORE_TOLERANCE,
+    Embedding,
+    FileMetadata,
+    IndexMetadata,
+    ModelInfo,
+    Search,
+    document_id,
+)
 
 Body = dict[str, Any]
 Response = tuple[int, Mapping[str, str], Any]  # status, headers, and the body as JSON, None if it is not
@@ -30,6 +39,7 @@ TIMEOUT_SECONDS = (10, 30)  # to connect, and for an answer
 MAX_SEARCHES = 32  # under way at a time, so that a distant server is not waited for
 MAX_CLASSES = 10_000  # that are listed
 MIN_CANDIDATES, MAX_CANDIDATES = 1500, 10_000  # Elasticsearch's limit is 10,000
+NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
 # How many times as many candidates are found and scored again with their exact vectors, where the graph has none.
@@ -176,9 +186,11 @@ class ElasticsearchIndex:
         return {name: index["mappings"]["_meta"][META_KEY]["name"] for name, index in sorted(body.items())}
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
-        fields = ["size", "mtime", "sha256"]
-        hits = self._find({"ids": {"values": list(ids)}}, size=len(ids), docvalue_fields=fields)
-        return {hit["_id"]: FileMetadata(*(hit["fields"][name][0] for name in fields)) for hit in hits}
+        fields = ["file_path", "size", "mtime", "sha256"]
+        query = {"ids": {"values": list(ids)}}
+        hits = self._find(query, size=len(ids), docvalue_fields=fields, stored_fields=NO_STORED_FIELDS)
+        rows = ([hit["fields"][name][0] for name in fields] for hit in hits)
+        return {document_id(file_path): FileMetadata(*metadata) for file_path, *metadata in rows}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
         options: Body = {"fields": ["embeddings"], "docvalue_fields": ["sha256"], "size": 2 * len(sha256s)}
@@ -193,31 +205,24 @@ class ElasticsearchIndex:
         response = self._send("POST", self._path("_search?allow_partial_search_results=false"), body)
         return [bucket["key"] for bucket in response["aggregations"]["classes"]["buckets"]]
 
-    def search(
-        self,
-        embedding: Embedding,
-        k: int,
-        desc: str | None = None,
-        min_score: float | None = None,
-        excluded_id: str | None = None,
-    ) -> dict[str, Any]:
+    def search(self, search: Search) -> dict[str, Any]:
         knn: Body = {
             "field": "embeddings",
-            "query_vector": embedding.tolist(),
-            "k": k,
-            "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * k)),
+            "query_vector": search.embedding.tolist(),
+            "k": search.k,
+            "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * search.k)),
         }
         if oversample := OVERSAMPLE.get(self._index_type):
             knn["rescore_vector"] = {"oversample": oversample}
-        body: Body = {"knn": knn, "size": k, "_source": False, "docvalue_fields": ["file_path", "desc"]}
-        filters: list[Body] = [] if desc is None else [{"term": {"desc": desc}}]
-        if excluded_id is not None:
-            filters.append({"bool": {"must_not": {"ids": {"values": [excluded_id]}}}})
+        body: Body = {"knn": knn, "size": search.k, "_source": False, "docvalue_fields": ["file_path", "desc"]}
+        filters: list[Body] = [] if search.desc is None else [{"term": {"desc": search.desc}}]
+        if search.excluded_id is not None:
+            filters.append({"bool": {"must_not": {"ids": {"values": [search.excluded_id]}}}})
         if filters:
             knn["filter"] = filters
-        if min_score is not None:
-            knn["similarity"] = 2 * (min_score - SCORE_TOLERANCE) - 1  # the cosine
-            body["min_score"] = min_score - SCORE_TOLERANCE
+        if search.min_score is not None:
+            body["min_score"] = search.min_score - SCORE_TOLERANCE
+            knn["similarity"] = 2 * body["min_score"] - 1  # the cosine
         return _with_scores_up_to_1(self._send("POST", self._path("_search"), body))
 
     def _find(self, query: Body, **options: Any) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index.connection import Connection
 from imagesearch.index.elasticsearch import (
     META_KEY,
+    NO_STORED_FIELDS,
     RETRY_OF_A_RUN,
     TIMEOUT_SECONDS,
     Body,
@@ -100,6 +101,7 @@ class WritableElasticsearchIndex(ElasticsearchIndex):
     def list_paths(self, folder: str) -> Iterator[str]:
         query = {"prefix": {"file_path": folder.rstrip("/") + "/"}}
         options: Body = {"size": BATCH_SIZE, "docvalue_fields": ["file_path"], "sort": [{"file_path": "asc"}]}
+        options["stored_fields"] = NO_STORED_FIELDS
         while hits := self._find(query, **options):
             yield from (hit["fields"]["file_path"][0] for hit in hits)
             options["search_after"] = hits[-1]["sort"]

@@ -26,6 +26,7 @@ from imagesearch.records import (
     IndexMetadata,
     MetadataUpdate,
     ModelInfo,
+    Search,
 )
 
 # SQLite counts the memory it uses under one lock, which every thread's sqlite-vec would take twice a row.
@@ -139,12 +140,12 @@ class SqliteIndex:
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
         query = "SELECT id, size, mtime, sha256 FROM images WHERE id IN (SELECT value FROM json_each(?))"
-        return {id_: FileMetadata(*row) for id_, *row in self._select(query, json.dumps(ids))}
+        return {id_: FileMetadata(*row) for id_, *row in self._select(query, (json.dumps(ids),))}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
         query = """SELECT sha256, embedding FROM images WHERE sha256 IN (SELECT value FROM json_each(?))
                    GROUP BY sha256"""
-        rows = self._select(query, json.dumps(sha256s))
+        rows = self._select(query, (json.dumps(sha256s),))
         return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
 
     def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
@@ -195,33 +196,25 @@ class SqliteIndex:
     def list_classes(self) -> list[str]:
         return [desc for (desc,) in self._select('SELECT DISTINCT "desc" FROM images')]
 
-    def search(
-        self,
-        embedding: Embedding,
-        k: int,
-        desc: str | None = None,
-        min_score: float | None = None,
-        excluded_id: str | None = None,
-    ) -> dict[str, Any]:
+    def search(self, search: Search) -> dict[str, Any]:
         started = time.perf_counter()
         if not hasattr(self._searcher, "database"):
             self._searcher.database = self._open()
         # + keeps SQLite from looking up each row through an index: without a class, every row is read.
-        conditions = ['"desc" = :desc'] if desc is not None else []
-        conditions += ["+id <> :excluded_id"] if excluded_id is not None else []
-        query = SEARCH.format(" AND ".join(conditions) or "TRUE")
-        values = {"embedding": embedding.tobytes(), "k": k, "desc": desc, "excluded_id": excluded_id}
+        conditions = ["TRUE"] if search.desc is None else ['"desc" = :desc']
+        conditions += [] if search.excluded_id is None else ["+id <> :excluded_id"]
+        values = asdict(search) | {"embedding": search.embedding.tobytes()}
         with self._explain_errors():
-            rows = self._searcher.database.execute(query, values).fetchall()
+            rows = self._searcher.database.execute(SEARCH.format(" AND ".join(conditions)), values).fetchall()
         hits = [
             {
                 "_index": self._name,
                 "_id": id_,
                 "_score": _score(distance),
-                "fields": {"file_path": [file_path], "desc": [class_]},
+                "fields": {"file_path": [file_path], "desc": [desc]},
             }
-            for id_, file_path, class_, distance in rows
-            if min_score is None or _score(distance) >= min_score - SCORE_TOLERANCE
+            for id_, file_path, desc, distance in rows
+            if search.min_score is None or _score(distance) >= search.min_score - SCORE_TOLERANCE
         ]
         return {
             "took": int((time.perf_counter() - started) * 1000),
@@ -234,10 +227,9 @@ class SqliteIndex:
             },
         }
 
-    def _select(self, query: str, *values: Any) -> list[Any]:
-        """Returns all rows of a query; `values` are its parameters, or one dict of them."""
+    def _select(self, query: str, parameters: Any = ()) -> list[Any]:
+        """Returns all rows of a query."""
         assert self._database
-        parameters = values[0] if values and isinstance(values[0], dict) else values
         with self._lock, self._explain_errors():
             return self._database.execute(query, parameters).fetchall()
 
