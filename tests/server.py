@@ -143,15 +143,11 @@ class Process:
     def start(self, **options: Any) -> None:
         """Starts it, with the data it has, and waits until it answers."""
         with (self.folder / "output").open("ab") as output:
-            self.process = process = subprocess.Popen[bytes](
-                ["sh", "-c", WATCHDOG, "sh", *self.command()],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                cwd=self.folder,
-                **{"env": ENVIRONMENT | {"LC_ALL": "C.UTF-8"}} | options,
-            )
+            options = {"env": ENVIRONMENT | {"LC_ALL": "C.UTF-8"}} | options
+            options |= {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "cwd": self.folder}
+            command = ["sh", "-c", WATCHDOG, "sh", *self.command()]
+            process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
+            self.process = process
         deadline = time.monotonic() + START_SECONDS
         while not self.is_up(self.environment):
             if time.monotonic() > deadline or process.poll() is not None:

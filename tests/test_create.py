@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -202,7 +203,7 @@ def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> Non
 
 def test_paths_are_utf_8_in_a_latin_1_locale(scripts_on_file: Scripts, picture: Picture) -> None:
     """A hit in a folder with an emoji, which Latin-1 has not; the locale need not be installed."""
-    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "en_US.ISO-8859-1"}
+    locale: dict[str, Any] = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "en_US.ISO-8859-1"}
     if b"iso8859-1" not in scripts_on_file.shell("locale -a").stdout.encode():
         scripts_on_file.shell("localedef -i en_US -f ISO-8859-1 ./en_US.ISO-8859-1")
         locale["LOCPATH"] = str(scripts_on_file.folder)

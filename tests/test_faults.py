@@ -95,10 +95,10 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     assert counts(scripts.create()) == {"new": MANY - before, "unchanged": before}
 
 
-def through(web: HTTPServer, scripts: Scripts, *failing: str) -> list[int]:
+def through(web: HTTPServer, scripts: Scripts, *failing: str) -> list[str]:
     """Makes `web` a proxy in front of Elasticsearch, which answers 502 twice to each of these kinds of requests."""
     upstream = trusting_session(Path(scripts.environment["ES_CA_CERT"]))
-    server, failed = scripts.environment["ES_URL"], []
+    server, failed = scripts.environment["ES_URL"], list[str]()
 
     def handle(request: Request) -> Response:
         for kind in failing:

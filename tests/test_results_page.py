@@ -62,7 +62,7 @@ def page_path(tmp_path: Path, picture: Picture) -> Path:
     query = picture("query.jpg", size=(900, 500), exif=exif)
     page = tmp_path / "pages" / "results.html"
     page.parent.mkdir()
-    more = [raw, tmp_path / "images" / "gone.jpg", tmp_path / "images" / "damaged.jpg"]
+    more: list[Path | str] = [raw, tmp_path / "images" / "gone.jpg", tmp_path / "images" / "damaged.jpg"]
     write_page(page, {str(query): response([*hits, *more]), str(hits[0]): response([query])})
     return page
 

@@ -63,7 +63,7 @@ def create(folder: str, model: str) -> None:
 def search(image: str, model: str) -> None:
     knn = {"field": "embeddings", "query_vector": embed(image, model), "k": 1, "num_candidates": 100}
     if client := connect():
-        response = client.search(index=INDEX, knn=knn, fields=["file_path", "desc"], source=False)
+        response = client.search(index=INDEX, knn=knn, fields=[{"field": "file_path"}, {"field": "desc"}], source=False)
         print(json.dumps(response.body))
 
 

@@ -38,13 +38,12 @@ Transport = Callable[[str, str, Body | None], Response]  # of a method, a path a
 TIMEOUT_SECONDS = (10, 30)  # to connect, and for an answer
 MAX_SEARCHES = 32  # under way at a time, so that a distant server is not waited for
 MAX_CLASSES = 10_000  # that are listed
-MIN_CANDIDATES, MAX_CANDIDATES = 1500, 10_000  # Elasticsearch's limit is 10,000
+MIN_CANDIDATES = 1500  # of each segment: docs/scaling.md has the recall that this gives
+MAX_CANDIDATES = 10_000  # Elasticsearch's limit
 NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
-# How many times as many candidates are found and scored again with their exact vectors, where the graph has none.
-# docs/scaling.md has the recall that this gives.
-OVERSAMPLE = {"int8_hnsw": 1, "bbq_hnsw": 5}
+OVERSAMPLE = 2  # times as many candidates, all scored again by their exact vectors, where the graph has none
 
 SAY_RETRY_SECONDS = 10
 
@@ -212,8 +211,8 @@ class ElasticsearchIndex:
             "k": search.k,
             "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * search.k)),
         }
-        if oversample := OVERSAMPLE.get(self._index_type):
-            knn["rescore_vector"] = {"oversample": oversample}
+        if self._index_type != "hnsw":
+            knn["rescore_vector"] = {"oversample": OVERSAMPLE}
         body: Body = {"knn": knn, "size": search.k, "_source": False, "docvalue_fields": ["file_path", "desc"]}
         filters: list[Body] = [] if search.desc is None else [{"term": {"desc": search.desc}}]
         if search.excluded_id is not None:
