@@ -117,7 +117,7 @@ class Process:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-test-"))
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[Any] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -146,8 +146,7 @@ class Process:
             options = {"env": ENVIRONMENT | {"LC_ALL": "C.UTF-8"}} | options
             options |= {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "cwd": self.folder}
             command = ["sh", "-c", WATCHDOG, "sh", *self.command()]
-            process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
-            self.process = process
+            self.process = process = subprocess.Popen(command, start_new_session=True, **options)
         deadline = time.monotonic() + START_SECONDS
         while not self.is_up(self.environment):
             if time.monotonic() > deadline or process.poll() is not None:

@@ -162,13 +162,13 @@ def planted(project: Scripts) -> tuple[Scripts, set[str], set[str]]:
             picture = Image.blend(tint, image((300, 200), sum(name.encode()) * 100 + number), 0.25)
             paths = [f"images/{name}/{number}.png"]
             picture.save(project.folder / paths[0])
-            copies: list[Image.Image | None] = {
+            copies: dict[int, list[Image.Image | None]] = {
                 0: [picture],  # encoded again
                 1: [picture.resize((150, 100))],
                 2: [picture.crop((8, 5, 292, 195))],  # 5% less
                 3: [None, None],  # a triple of exact copies
-            }.get(number, [])
-            for copy, each in enumerate(copies):
+            }
+            for copy, each in enumerate(copies.get(number, [])):
                 paths.append(f"images/{name}/copy {number}-{copy}.{'jpg' if each else 'png'}")
                 if each:
                     each.save(project.folder / paths[-1], quality=80)
