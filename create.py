@@ -15,7 +15,7 @@ from imagesearch.console import say
 from imagesearch.embed import embed_images
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import WritableIndex, open_writable_index
-from imagesearch.index.connection import connect
+from imagesearch.index.connection import get_connection
 from imagesearch.models import Model, check_compatible, load_index_model, load_model
 from imagesearch.parallel import batch_until_error, call_on_thread, map_buffered
 from imagesearch.paths import index_folder, path_to_text, quote_path
@@ -23,7 +23,7 @@ from imagesearch.progress import Progress
 from imagesearch.records import BATCH_SIZE, Candidate, ImageFile, IndexMetadata, Part, Skipped, Unreadable, document_id
 from imagesearch.sources import Source, open_source
 
-GONE_CHECKS = 64  # files or objects that are looked at once more, at a time
+GONE_CHECKS = 64  # files or objects that are looked at once more at the same time
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ def main() -> int:
 
 def index_images(arguments: argparse.Namespace, progress: Progress) -> int:
     """Brings the index up to date with the source; returns the exit code."""
-    connection = connect(arguments.insecure)
+    connection = get_connection(arguments.insecure)
     with open_writable_index(arguments.index, connection, arguments.db, arguments.index_type) as index:
         metadata = index.get_metadata()
-        source = open_source(arguments.images, index_folder(metadata.folder if metadata else None))
+        base = index_folder(metadata.folder if metadata else None)
+        if metadata and path_to_text(base) != metadata.folder:
+            say(f"{quote_path(metadata.folder)}, where the index was made, is not here: ./ is now {quote_path(base)}.")
+        source = open_source(arguments.images, base)
         listing = list_source(source, may_be_empty=arguments.prune_all and metadata is not None)
         metadata, model = prepare_index(index, metadata, arguments)
         index.refresh()  # what an interrupted run has written is not embedded again
@@ -73,11 +76,11 @@ def index_images(arguments: argparse.Namespace, progress: Progress) -> int:
             gone = find_gone(source, index, arguments.part, found)
             if arguments.prune:
                 delete(gone, source, index, progress, arguments.prune_all)
-        may_be_gone = not arguments.prune and index.count_below(source.name) > progress.stored
-        if may_be_gone and (number := sum(1 for _ in gone)):
+        is_whole = not arguments.prune and arguments.part.count == 1
+        if is_whole and index.count_below(source.name) > progress.stored and (number := sum(1 for _ in gone)):
             say(f"Documents without an image: {number:,}; --prune deletes them.")
     if progress.unreadable:
-        say("Some files cannot be read. Fix or move them, or leave them: the others are indexed.")
+        say("Some images cannot be read. Fix or move them, or leave them: the others are indexed.")
     return int(progress.unreadable > 0)
 
 
@@ -125,7 +128,7 @@ def prepare_index(
 
 
 def count_images(source: Source, part: Part) -> Iterator[object]:
-    """Yields something for each image of the part, as the progress counts them."""
+    """Yields each image of the part, for the progress to count them."""
     return (item for item in source.find_images() if isinstance(item, ImageFile) and part.contains(item.id))
 
 
@@ -175,12 +178,12 @@ def delete(gone: Iterator[str], source: Source, index: WritableIndex, progress: 
     Raises UsageError, unless it `is_forced`, if this run knew none of the images it found, by their names or by their
     contents: an unmounted disk, or another folder of the same name, looks the same.
     """
-    is_known = progress.unchanged + progress.updated + progress.known > 0
+    is_known = progress.unchanged + progress.updated + progress.copied_from_index > 0
     for batch in batch_until_error(gone, BATCH_SIZE):
         if not is_known and not is_forced:
             raise UsageError(
-                f"--prune would delete all documents below {quote_path(source.name)} but those of this run: none of"
-                " their files is left, and the images there are new. If that is intended, use --prune-all."
+                f"--prune would delete all other documents below {quote_path(source.name)}: their files are gone, and"
+                " none of the images found now was indexed before. If that is intended, use --prune-all."
             )
         progress.deleted += index.delete([document_id(path) for path in batch])
     index.refresh()

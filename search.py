@@ -20,7 +20,7 @@ from imagesearch.console import say, write_line
 from imagesearch.embed import EmbeddedQuery, embed_queries
 from imagesearch.errors import ImageSearchError, UsageError
 from imagesearch.index import Index, open_index
-from imagesearch.index.connection import connect
+from imagesearch.index.connection import get_connection
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import map_buffered
 from imagesearch.paths import BUCKET_URL, index_folder, quote_path
@@ -44,7 +44,7 @@ class Result:
 def main() -> int:
     arguments = parse_search_arguments(__doc__)
     code = 0
-    with open_index(arguments.index, connect(arguments.insecure), arguments.db) as index:
+    with open_index(arguments.index, get_connection(arguments.insecure), arguments.db) as index:
         metadata = get_metadata(index, arguments)
         page = open_page(metadata, arguments) if arguments.html is not None else None
         queries = find_queries(arguments.image, index_folder(metadata.folder))
@@ -74,10 +74,7 @@ def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
         raise UsageError(
             f"There is no index {arguments.index} in {index.location}, but there are: {others}. Use --index."
         )
-    raise UsageError(
-        f"There is no index {arguments.index} in {index.location}: make it with create.py, or change to the folder"
-        " where it is."
-    )
+    raise UsageError(f"There is no index {arguments.index} in {index.location}: make it with create.py.")
 
 
 def open_page(metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":
@@ -100,10 +97,10 @@ def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[],
 
     If ``--model`` is given, the model is loaded here, so that a wrong one is reported first.
     """
-    is_for_one = not is_many(arguments)
+    single_image = not is_many(arguments)
     if not arguments.model:
-        return lambda: load_index_model(info, None, is_for_one)
-    model = load_index_model(info, arguments.model, is_for_one)
+        return lambda: load_index_model(info, None, single_image)
+    model = load_index_model(info, arguments.model, single_image)
     return lambda: model
 
 
@@ -127,7 +124,7 @@ def search_all(
         is_checked = False
         for result in map_buffered(pool, search, queries, 2 * index.max_searches):
             if not is_checked and is_complete(result) and not result.response["hits"]["hits"]:
-                explain_no_hits(index, arguments)
+                check_hits_are_possible(index, arguments)
                 is_checked = True
             yield result
 
@@ -148,7 +145,7 @@ def is_complete(result: Result) -> bool:
     return "hits" in response and not response["_shards"]["failed"] and not response["timed_out"]
 
 
-def explain_no_hits(index: Index, arguments: argparse.Namespace) -> None:
+def check_hits_are_possible(index: Index, arguments: argparse.Namespace) -> None:
     """Raises UsageError if the index is empty, ImageSearchError if it has no such class."""
     classes = index.list_classes()
     if not classes:

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class Embedder:
     def __init__(self, index: Index, get_model: Callable[[], Model]) -> None:
         self._index = index
         self._get_model = get_model
-        self._model: Model | None = None
+        self._model: Future[Model] | None = None
         self._recent = OrderedDict[str, Embedding]()
         self._lock = threading.Lock()  # of the model and the recent embeddings
         self._cpu_slots = threading.Semaphore(available_cpus())
@@ -86,9 +86,15 @@ class Embedder:
         return Embedded(embedding)
 
     def _load_model(self) -> Model:
+        """Returns the model, loaded once; raises the same error each time if it cannot be."""
         with self._lock:
-            self._model = self._model or self._get_model()
-            return self._model
+            if self._model is None:
+                self._model = Future()
+                try:
+                    self._model.set_result(self._get_model())
+                except ImageSearchError as error:
+                    self._model.set_exception(error)
+        return self._model.result()
 
 
 def embed_images(

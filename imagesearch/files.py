@@ -40,7 +40,7 @@ def stream_sha256(stream: BinaryIO) -> str:
 
 def cache_folder() -> Path:
     """Returns `imagesearch` in the user's cache folder; it may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagesearch"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imagesearch"
 
 
 def raise_open_file_limit() -> int:

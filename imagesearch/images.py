@@ -41,7 +41,7 @@ BYTES_PER_PIXEL = {"JPEG": 1, "MPO": 1, "HEIF": 20, "WEBP": 17, "AVIF": 17, "JPE
 PROGRESSIVE_JPEG_BYTES_PER_PIXEL = 6
 OTHER_BYTES_PER_PIXEL = 12
 
-# For all images that are decoded at a time: 200 megapixels of a progressive JPEG, 102 of a PNG or TIFF, 61 of a HEIC.
+# For all images that are decoded at a time: 200 megapixels of a progressive JPEG, 104 of a PNG or TIFF, 62 of a HEIC.
 MAX_DECODING_BYTES = 1_250_000_000
 
 _ORIENTATION_TAG = 0x0112

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 BUCKET_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 HTTP_URL = re.compile(r"https?://", re.IGNORECASE)
@@ -35,7 +35,7 @@ def quote_path(path: str) -> str:
 def local_path(text: str) -> str:
     """Returns a path as the user means it: of a ``file://`` URL, or with a ``~`` that was quoted and not expanded."""
     if text.lower().startswith("file://"):
-        return unquote(text[len("file://") :].removeprefix("localhost"))
+        return os.fsdecode(unquote_to_bytes(text[len("file://") :].removeprefix("localhost")))
     return text if os.path.lexists(text) else os.path.expanduser(text)
 
 
@@ -75,12 +75,10 @@ def index_folder(recorded: str | None) -> str:
 
 def without_credentials(query: str) -> str:
     """Returns a path or URL as messages name it: without a user, a password or a signature."""
-    if not HTTP_URL.match(query) and not BUCKET_URL.match(query):
+    scheme, separator, rest = query.partition("://")
+    if not separator or not re.fullmatch(r"[\w+.-]+", scheme):
         return query
-    scheme, _, rest = query.partition("://")
     credentials, at, host_and_path = rest.rpartition("@")
-    if BUCKET_URL.match(query):
-        return f"{scheme}://…" if "@" in rest.split("/")[0] else query  # which is refused
-    if at and re.search("[/?#]", credentials):  # where such a password ends is unknown
-        return f"{scheme}://…"
-    return f"{scheme}://{re.split('[?#]', host_and_path)[0]}"
+    if at and (re.search("[/?#]", credentials) or not HTTP_URL.match(query)):  # where such a password ends is unknown
+        return query if BUCKET_URL.match(query) and "/" in credentials else f"{scheme}://…"
+    return query if BUCKET_URL.match(query) else f"{scheme}://{re.split('[?#]', host_and_path)[0]}"

@@ -21,10 +21,11 @@ BAR_AFTER_SECONDS = 2  # so that its first rate is not that of one image
 
 
 class Progress:
-    """Counts what happens to the images of a run, and shows it. Safe to use from several threads."""
+    """Counts what happens to the images of a run, and shows it. `advance` is safe to use from several threads."""
 
     def __init__(self) -> None:
-        self.new = self.updated = self.copied = self.known = self.unchanged = self.deleted = self.unreadable = 0
+        self.new = self.updated = self.unchanged = self.deleted = self.unreadable = 0
+        self.copied = self.copied_from_index = 0  # of the new and updated ones
         self._is_terminal = sys.stderr.isatty()
         self._skipped = collections.Counter[str]()
         self._index = ""
@@ -89,11 +90,11 @@ class Progress:
         self.updated += item.is_update
         self.new += not item.is_update
         self.copied += bool(item.embedded.copied_from)
-        self.known += item.embedded.copied_from == "index"
+        self.copied_from_index += item.embedded.copied_from == "index"
 
     @property
     def stored(self) -> int:
-        """How many images have a document now."""
+        """How many of the images that were read have a document now."""
         return self.new + self.updated + self.unchanged
 
     def summary(self) -> str:
@@ -110,9 +111,10 @@ class Progress:
 
     def _skipped_kinds(self) -> str:
         """Returns what was skipped, the most frequent kinds first; nothing if there is nothing."""
-        shown = self._skipped.most_common(KINDS_SHOWN)
+        skipped = self._skipped.copy()  # the signal handler may be here while another thread counts
+        shown = skipped.most_common(KINDS_SHOWN)
         kinds = [f"{number:,} {kind}" for kind, number in shown]
-        if others := self._skipped.total() - sum(number for _, number in shown):
+        if others := skipped.total() - sum(number for _, number in shown):
             kinds.append(f"{others:,} other")
         return f"; skipped: {', '.join(kinds)}" if kinds else ""
 

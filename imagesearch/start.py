@@ -67,6 +67,7 @@ def exit_on_signals(say_goodbye: Callable[[], None]) -> None:
 
 if sys.getfilesystemencoding() != "utf-8":  # paths are bytes or UTF-8, whatever the locale
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime 1.32 would keep, and send, usage data
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no thread of numpy's is needed; they take 0.1 s to start
 _open_standard_streams()
 sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]  # JSON is UTF-8

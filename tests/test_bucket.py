@@ -15,6 +15,7 @@ from werkzeug import Request, Response
 from tests.conftest import Bucket
 from tests.pictures import png
 from tests.running import Scripts, counts, end, skipped, wait_until
+from tests.server import ROOT
 from tests.tcp_proxy import TcpProxy
 
 
@@ -244,11 +245,31 @@ def test_an_object_that_the_store_refuses_is_one_unreadable_image(
     bucket.put({name: png(seed) for seed, name in enumerate(names)})
     through(web, local_scripts_on_s3)
     stderr = local_scripts_on_s3.create(
-        "--images", bucket.url, code=1, PYTHONPATH=f"{local_scripts_on_s3.folder}:{__file__.rpartition('/tests/')[0]}"
+        "--images", bucket.url, code=1, PYTHONPATH=f"{local_scripts_on_s3.folder}:{ROOT}"
     )
     assert counts(stderr) == {"new": 2, "unreadable": 2}
     assert f"Cannot read {bucket.url}/encrypted.png: HTTP 400 InvalidRequest" in stderr
     assert f"Cannot read {bucket.url}/broken.png: HTTP 500" in stderr
+
+
+def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
+    local_scripts_on_s3: Scripts, s3: dict[str, str], bucket: Bucket
+) -> None:
+    """After two minutes; here after two retries. Objects that wait are not tried any more."""
+    scripts = local_scripts_on_s3
+    (scripts.folder / "sitecustomize.py").write_text("import imagesearch.sources.bucket as b\nb.RETRIES_OF_A_RUN = 2\n")
+    bucket.put({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
+    with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
+        settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "PYTHONPATH": f"{scripts.folder}:{ROOT}"}
+        process = scripts.start("create.py", "--images", bucket.url, **settings)
+        wait_until(lambda: process.poll() is not None or scripts.count() > 0)
+        proxy.stop()
+        code, stderr = end(process, seconds=30)
+    assert code == 1, stderr
+    assert f"create.py: No answer from {bucket.url} (" in stderr
+    stored = scripts.count()
+    assert counts(stderr)["new"] == stored < 1000
+    assert counts(scripts.create("--images", bucket.url)) == {"new": 1000 - stored, "unchanged": stored}
 
 
 def test_ctrl_c_ends_a_run_whose_store_is_silent(local_scripts_on_s3: Scripts, web: HTTPServer) -> None:

@@ -200,14 +200,14 @@ def test_no_image_is_tried_after_the_source_was_given_up(tmp_path: Path) -> None
 def test_the_model_is_loaded_once_and_only_if_a_query_needs_it(sixty_images: list[Path]) -> None:
     known: Any = KnownEmbeddings({embed_file(path).sha256: np.ones(768, np.float32) for path in sixty_images[:3]})
     unknown: Any = KnownEmbeddings()
-    loaded: list[int] = []
+    loaded, failed = list[int](), list[int]()
 
     def load() -> Model:
         loaded.append(1)
         return Thumbnail()
 
     def fail() -> Model:
-        loaded.append(1)
+        failed.append(1)
         raise ImageSearchError("no model")
 
     names = [str(path) for path in sixty_images]
@@ -216,7 +216,8 @@ def test_the_model_is_loaded_once_and_only_if_a_query_needs_it(sixty_images: lis
     assert len(list(embed_queries(find_queries(names, "/"), unknown, load))) == 60
     assert loaded == [1]
     with pytest.raises(ImageSearchError, match="no model"):
-        list(embed_queries(find_queries(names, "/"), unknown, fail))
+        list(embed_queries(find_queries(names * 4, "/"), unknown, fail))
+    assert failed == [1]
 
 
 def mutable_files() -> list[bytes]:

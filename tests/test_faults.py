@@ -38,7 +38,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_nothing(
     process = scripts_to_kill.start("create.py")
     wait_until(lambda: scripts_to_kill.count() > 200)
     elasticsearch_to_kill.kill()
-    read_until(process, "Retrying: no answer from Elasticsearch (")
+    read_until(process, "Retrying a request to Elasticsearch: no answer (")
     elasticsearch_to_kill.start()
     code, stderr = end(process)
     assert code == 0, stderr
@@ -66,7 +66,7 @@ def test_a_frozen_server_is_asked_again(scripts_to_kill: Scripts, elasticsearch_
     wait_until(lambda: scripts_to_kill.count() > 200)
     elasticsearch_to_kill.signal(signal.SIGSTOP)
     try:
-        read_until(process, "Retrying: no answer from Elasticsearch (")
+        read_until(process, "Retrying a request to Elasticsearch: no answer (")
     finally:
         elasticsearch_to_kill.signal(signal.SIGCONT)
     code, stderr = end(process)
@@ -90,21 +90,22 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     code, stderr = end(process)
     assert code == 1
     assert re.search(r"create.py: No answer from https://localhost:\d+ \(.+\)\.", stderr), stderr
+    assert stderr.count("create.py:") == 1
     written, before = counts(stderr)["new"], scripts.count()
     assert 0 < written <= before < MANY  # the last bulk may have arrived without its answer
     assert counts(scripts.create()) == {"new": MANY - before, "unchanged": before}
 
 
-def through(web: HTTPServer, scripts: Scripts, *failing: str) -> list[str]:
-    """Makes `web` a proxy in front of Elasticsearch, which answers 502 twice to each of these kinds of requests."""
+def through(web: HTTPServer, scripts: Scripts, *failing: str, status: int = 502) -> list[str]:
+    """Makes `web` a proxy in front of Elasticsearch, which fails twice for each time that a kind of request is named."""
     upstream = trusting_session(Path(scripts.environment["ES_CA_CERT"]))
     server, failed = scripts.environment["ES_URL"], list[str]()
 
     def handle(request: Request) -> Response:
         for kind in failing:
-            if request.path.endswith(kind) and failed.count(kind) < 2:
+            if request.path.endswith(kind) and failed.count(kind) < 2 * failing.count(kind):
                 failed.append(kind)
-                return Response("<html>Bad gateway</html>", 502, content_type="text/html")
+                return Response("<html>Not now</html>", status, content_type="text/html")
         headers = {name: request.headers[name] for name in ("Content-Type", "Accept") if name in request.headers}
         url = server + request.full_path
         answer = upstream.request(request.method, url, data=request.get_data(), headers=headers, timeout=60)
@@ -127,6 +128,19 @@ def test_a_502_now_and_then_ends_neither_script(
     lines = scripts.search(*bird_images, "--html", "page.html")
     assert len(lines) == 31 and min(line["hits"]["max_score"] for line in lines) > 0.9999
     assert failed == ["_search", "_search"] and (scripts.folder / "page.html").exists()
+
+
+def test_an_overloaded_server_is_given_up_after_one_round_of_retries(
+    scripts_on_elasticsearch: Scripts, web: HTTPServer, bird_images: list[Path]
+) -> None:
+    """Whole bulk requests that are rejected, which the client's helper would repeat once more for each retry."""
+    scripts = scripts_on_elasticsearch
+    patch = "import imagesearch.index.elasticsearch as e\ne.RETRY_OF_A_RUN = e.RETRY_OF_A_RUN.new(total=2)\n"
+    (scripts.folder / "sitecustomize.py").write_text(patch)
+    through(web, scripts, *50 * ["_bulk"], status=429)
+    stderr = scripts.create(code=1, PYTHONPATH=f"{scripts.folder}:{ROOT}")
+    assert "Retrying a request to Elasticsearch: HTTP 429" in stderr and "too many 429 error responses" in stderr
+    assert sum(request.path.endswith("_bulk") for request, _ in web.log) == 3
 
 
 @pytest.mark.parametrize("block", ["read_only_allow_delete", "write"])

@@ -191,12 +191,12 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(tmp_path: Path, web: HTTPSe
 # The prepared model
 
 
-@pytest.mark.parametrize("is_for_one", [True, False])
-def test_embeddings_are_bit_identical(is_for_one: bool, small_clip: Path) -> None:
+@pytest.mark.parametrize("single_image", [True, False])
+def test_embeddings_are_bit_identical(single_image: bool, small_clip: Path) -> None:
     """With int8 weights where this CPU multiplies them exactly, with the model's own elsewhere."""
     expected = unmodified(small_clip)
     for _ in range(2):  # made, and from the cache
-        model = load_model(str(small_clip), is_for_one)
+        model = load_model(str(small_clip), single_image)
         assert all(np.array_equal(model.embed(pixels), right) for pixels, right in zip(PIXELS, expected, strict=True))
         assert len(prepared_files()) == 1
 
@@ -322,8 +322,8 @@ def test_a_prepared_model_that_is_damaged_is_made_again(damage: str, small_clip:
     contents = {"empty": b"", "half": content[:half], "hole": content[:half] + bytes(half), "onnx": b"\x08\x08"}
     prepared.write_bytes(contents[damage])
     (cache_folder() / "probe.onnx").write_bytes(b"damaged")  # which proves nothing, and is made again
-    for is_for_one in (True, False):
-        assert np.array_equal(load_model(str(small_clip), is_for_one).embed(PIXELS[0]), expected)
+    for single_image in (True, False):
+        assert np.array_equal(load_model(str(small_clip), single_image).embed(PIXELS[0]), expected)
     assert (cache_folder() / "probe.onnx").stat().st_size > 1000
 
 

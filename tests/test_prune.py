@@ -77,7 +77,7 @@ def test_the_same_path_with_other_images_prunes_nothing(
         picture(f"images/{number}-new.png", seed=100 + number)
     stderr = scripts.create("--prune", code=2)
     assert counts(stderr) == {"new": 3}
-    assert "none of their files is left, and the images there are new. If that is intended, use --prune-all" in stderr
+    assert "none of the images found now was indexed before. If that is intended, use --prune-all" in stderr
     assert scripts.count() == 9
     assert counts(scripts.create("--prune")) == {"unchanged": 3, "deleted": 6}  # by now they are known
 

@@ -196,6 +196,27 @@ def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Pictu
     assert "No image of class 1 with a score of at least 0.9999" in text
 
 
+def test_each_query_has_its_own_picture_and_link(scripts_on_file: Scripts, picture: Picture) -> None:
+    """Also if it is damaged, asked for twice, or of the index while the working directory has one of its name."""
+    picture("images/a.png")
+    scripts_on_file.home = scripts_on_file.folder
+    scripts_on_file.create()
+    picture("elsewhere/images/a.png", seed=77)
+    content = bytearray(picture("elsewhere/images/damaged.png").read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 255
+    (scripts_on_file.folder / "elsewhere" / "images" / "damaged.png").write_bytes(content)
+    scripts_on_file.folder /= "elsewhere"
+    queries = ("../images", "images/a.png", "images/a.png", "images/damaged.png")
+    done = scripts_on_file.run("search.py", *queries, "--html", "page.html")
+    assert done.returncode == 1 and done.stdout.count("\n") == 4
+    html = (scripts_on_file.folder / "page.html").read_text()
+    sections = html.split("<section")[1:]
+    links = [re.findall('href="([^"]+)"', section) for section in sections]
+    assert links == [["../images/a.png"] * 2, *2 * [["images/a.png", "../images/a.png"]], []]
+    pictures = [re.findall('src="([^"]+)"', section) for section in sections]
+    assert pictures[0][0] == pictures[0][1] != pictures[1][0] == pictures[2][0]
+
+
 @pytest.mark.parametrize(
     ("page", "problem"),
     [

@@ -90,6 +90,7 @@ def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: st
 def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:
     assert "SECRET" not in without_credentials(f"{scheme}://admin:{before}SECRET{after}@host/a.png?x=1")
     assert "SECRET" not in without_credentials(f"{scheme}://host/a.png?{before}=SECRET{after}")
+    assert "SECRET" not in without_credentials(f"ftp://admin:{before}SECRET{after}@host/a.png")
 
 
 @pytest.mark.parametrize("url", ["s3://user:SECRET@birds/a.jpg", "s3://user:SECRET@birds", "http://u:SE/CRET@h/a.png"])

@@ -57,7 +57,7 @@ def test_queries_from_everywhere_are_answered_in_order(
         (Response(png(1)[:50]), "image file is truncated"),
         (Response("<html>Not found</html>"), "not an image that Pillow can read"),
         (Response("", 302, {"Location": "/loop"}), "Exceeded 30 redirects"),
-        (Response("", 302, {"Location": "file:///etc/passwd"}), "No connection adapters"),
+        (Response("", 302, {"Location": "file:///etc/passwd"}), "is not a valid http or https URL"),
     ],
 )
 def test_a_url_that_cannot_be_read_is_one_line(
@@ -80,7 +80,9 @@ def test_a_url_that_cannot_be_read_is_one_line(
     ("url", "reason"),
     [
         ("http://[x/a.png", ""),
-        ("http://", ""),
+        ("http://", "is not a valid http or https URL"),
+        ("https://user:hunter2@host:99999/a.jpg", "is not a valid http or https URL"),
+        ("https://user:hun/ter2@h/a.jpg", ""),
         ("https://h:99999/", ""),
         ("http://127.0.0.1:9/a.png", "Connection refused"),
         ("https://127.0.0.1:{}/a.png", "that port does not use TLS: the URL must begin with http://"),
@@ -92,6 +94,7 @@ def test_a_url_that_cannot_be_is_one_line(
     done = scripts_with_one_image.run("search.py", url.replace("{}", str(web.port)))
     assert done.returncode == 1 and done.stdout.count("\n") == 1
     assert reason in json.loads(done.stdout)["error"]["reason"]
+    assert not re.search("hunter2|ter2", done.stdout + done.stderr)
 
 
 def test_a_download_has_a_size_limit_whatever_the_server_says(web: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:

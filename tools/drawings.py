@@ -174,6 +174,7 @@ def draw_landscape(scene: str, seed: int) -> Image.Image:
     random = Random(f"{scene} {seed}")
     picture = Image.new("RGB", SIZE)
     SCENES[scene](picture, random)
-    grain = Image.effect_noise(SIZE, 22).convert("RGB")
+    noise = Image.frombytes("L", (WIDTH // 2, HEIGHT // 2), random.randbytes(WIDTH * HEIGHT // 4))
+    grain = noise.point(lambda value: 96 + value // 4).resize(SIZE).convert("RGB")
     grained = ImageChops.overlay(picture.filter(ImageFilter.GaussianBlur(0.6)), grain)
     return Image.blend(picture, grained, 0.5)

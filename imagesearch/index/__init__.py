@@ -84,9 +84,9 @@ def open_index(name: str, connection: Connection | None, database: Path) -> Inde
         from imagesearch.index.sqlite import SqliteIndex
 
         return SqliteIndex(database)
-    from imagesearch.index.elasticsearch import ElasticsearchIndex, open_session, session_transport
+    from imagesearch.index.elasticsearch import ElasticsearchIndex, open_http_session, session_transport
 
-    session = open_session(connection)
+    session = open_http_session(connection)
     return ElasticsearchIndex(connection, name, session, session_transport(session, connection))
 
 
@@ -95,7 +95,7 @@ def open_writable_index(
 ) -> WritableIndex:
     """Returns the index as `open_index` does, to be written to; on Elasticsearch with this `index_type`, if not None.
 
-    Requests to Elasticsearch are retried for two minutes, after the first one.
+    The first request to Elasticsearch is not retried, later ones are for two minutes.
     """
     if connection is None:
         from imagesearch.index.sqlite import SqliteIndex

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def uses_elasticsearch(environ: Mapping[str, str]) -> bool:
     return bool(environ.get("ES_URL", "").strip())
 
 
-def connect(insecure: bool) -> Connection | None:
+def get_connection(insecure: bool) -> Connection | None:
     """Returns the connection that the environment names, None for the local index file.
 
     If `insecure`, the server's certificate is not verified, and the user is warned.
@@ -116,7 +117,7 @@ def _parse_url(text: str) -> SplitResult:
     """Returns the parts of the address. Raises UsageError if it cannot be one."""
     try:
         url = urlsplit(text)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        valid = url.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", url.hostname or "") and url.port != 0
     except ValueError:  # the port is not a number, or brackets do not match
         valid = False
     # An @ after the host belongs to a password with a slash in it, which would otherwise show as a path.

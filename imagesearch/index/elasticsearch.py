@@ -58,8 +58,8 @@ class _SayingRetry(Retry):
         if time.monotonic() - _SayingRetry._said_at > SAY_RETRY_SECONDS:
             _SayingRetry._said_at = time.monotonic()
             last = retry.history[-1]
-            reason = f"HTTP {last.status}" if last.status else network_reason(last.error)
-            say(f"Retrying: no answer from Elasticsearch ({reason}).")
+            reason = f"HTTP {last.status}" if last.status else f"no answer ({network_reason(last.error)})"
+            say(f"Retrying a request to Elasticsearch: {reason}.")
         return retry
 
 
@@ -71,10 +71,10 @@ RETRY_OF_A_RUN = _SayingRetry(
     backoff_max=8,
     status_forcelist=(429, 502, 503, 504),
     allowed_methods=None,
-    raise_on_status=False,
+    raise_on_status=True,  # so that the bulk helper does not repeat all of it after the last HTTP 429
     respect_retry_after_header=False,
 )
-RETRY_OF_A_SEARCH = RETRY_OF_A_RUN.new(total=3, read=0)
+RETRY_OF_A_SEARCH = RETRY_OF_A_RUN.new(total=3, read=0, raise_on_status=False)
 
 
 class _Adapter(HTTPAdapter):
@@ -90,7 +90,7 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **options)
 
 
-def open_session(connection: Connection) -> requests.Session:
+def open_http_session(connection: Connection) -> requests.Session:
     """Returns a session with the connection's credentials and CA, and no others, which follows no redirects."""
     session = requests.Session()
     session.trust_env = False  # no .netrc and no proxies

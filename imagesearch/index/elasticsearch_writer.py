@@ -18,7 +18,7 @@ from imagesearch.index.elasticsearch import (
     Body,
     ElasticsearchIndex,
     Response,
-    open_session,
+    open_http_session,
 )
 from imagesearch.index.elasticsearch_errors import (
     connection_error,
@@ -56,7 +56,7 @@ class WritableElasticsearchIndex(ElasticsearchIndex):
     """A `WritableIndex` on Elasticsearch, of this `index_type`; None for that of the index, or the default."""
 
     def __init__(self, connection: Connection, name: str, index_type: str | None) -> None:
-        session = open_session(connection)
+        session = open_http_session(connection)
         super().__init__(connection, name, session, self._send_with_client, RETRY_OF_A_RUN)
         self._wanted_type = index_type
         self._client = Elasticsearch(

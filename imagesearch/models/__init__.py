@@ -45,11 +45,11 @@ class Thumbnail:
         return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 
 
-def load_model(name: str, is_for_one: bool = False) -> Model:
+def load_model(name: str, single_image: bool = False) -> Model:
     """Returns the model that ``--model`` names: ``clip`` (downloaded once), ``thumbnail``, or an ONNX file.
 
-    If `is_for_one`, it is loaded for one image rather than for many, which changes the speed, not a bit of the result.
-    Raises ImageSearchError if the model cannot be loaded.
+    If `single_image`, it is loaded for one image rather than for many, which changes the speed, not a bit of the
+    result. Raises ImageSearchError if the model cannot be loaded.
     """
     if name == "thumbnail":
         return Thumbnail()
@@ -58,14 +58,14 @@ def load_model(name: str, is_for_one: bool = False) -> Model:
     if name == "clip":
         from imagesearch.models.hub import clip_path
 
-        return load_onnx(name, clip_path(), is_for_one)
+        return load_onnx(name, clip_path(), single_image)
     path = Path(name).absolute()
     if not os.path.isfile(path):
         raise UsageError(f"--model {quote_path(name)}: no such file. Use an ONNX file, clip or thumbnail.")
-    return load_onnx(path_to_text(str(path)), path, is_for_one)
+    return load_onnx(path_to_text(str(path)), path, single_image)
 
 
-def load_index_model(info: ModelInfo, name: str | None, is_for_one: bool = False) -> Model:
+def load_index_model(info: ModelInfo, name: str | None, single_image: bool = False) -> Model:
     """Returns the model that made an index: the one recorded in it, or `name`, which must be the same one.
 
     Raises UsageError if it cannot be loaded, or `name` is another model.
@@ -74,7 +74,7 @@ def load_index_model(info: ModelInfo, name: str | None, is_for_one: bool = False
     if name in MODEL_NAMES and info.name in MODEL_NAMES and name != info.name:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
     try:
-        model = load_model(name or path_from_text(info.name), is_for_one)
+        model = load_model(name or path_from_text(info.name), single_image)
     except UsageError as error:
         if name or info.name in MODEL_NAMES:
             raise

@@ -91,7 +91,7 @@ class Clip:
         return np.asarray(embedding, np.float32)
 
 
-def load_onnx(name: str, path: Path, is_for_one: bool) -> Clip:
+def load_onnx(name: str, path: Path, single_image: bool) -> Clip:
     """Returns the ONNX model in `path`, which has imgbeddings' input and output; `name` is recorded in the index.
 
     Raises UsageError for a file that is not such a model.
@@ -99,7 +99,7 @@ def load_onnx(name: str, path: Path, is_for_one: bool) -> Clip:
     quoted = quote_path(str(path))
     try:
         sha256 = model_sha256(path)
-        session = open_session(path, sha256, is_for_one)
+        session = open_session(path, sha256, single_image)
     except UsageError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own

@@ -16,6 +16,7 @@ def clip_path() -> Path:
     path = cache_folder() / FILE_NAME
     if path.is_file():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)  # an error of its own, if it cannot be written to
     # Late: it takes half a second to import, and is needed once.
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 

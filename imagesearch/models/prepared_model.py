@@ -37,26 +37,26 @@ def model_sha256(path: Path) -> str:
     return sha256
 
 
-def open_session(path: Path, sha256: str, is_for_one: bool) -> onnxruntime.InferenceSession:
+def open_session(path: Path, sha256: str, single_image: bool) -> onnxruntime.InferenceSession:
     """Returns a session on the model in `path`, whose hash is `sha256`, as this CPU runs it best.
 
     For one image, it uses all CPUs for it, and leaves out ONNX Runtime's prepacking of the weights, which pays from
     some 12 images on; otherwise images are embedded on one CPU each. Raises what ONNX Runtime raises.
     """
-    options = _session_options(available_cpus() if is_for_one else 1)
-    prepared = _prepared_model_path(path, sha256)
-    if prepared is None:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    options.add_session_config_entry("session.load_model_format", "ORT")
-    options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
-    options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
-    if is_for_one:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        return onnxruntime.InferenceSession(str(prepared), options, providers=["CPUExecutionProvider"])
-    except Exception:  # damaged: ONNX Runtime verifies the file
-        prepared.unlink(missing_ok=True)
-        return open_session(path, sha256, is_for_one)
+    threads = available_cpus() if single_image else 1
+    if prepared := _prepared_model_path(path, sha256):
+        options = _session_options(threads)
+        options.add_session_config_entry("session.load_model_format", "ORT")
+        options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
+        options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
+        if single_image:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            return onnxruntime.InferenceSession(str(prepared), options, providers=["CPUExecutionProvider"])
+        except Exception:  # damaged: ONNX Runtime verifies the file; the next run makes it again
+            with contextlib.suppress(OSError):
+                prepared.unlink()
+    return onnxruntime.InferenceSession(str(path), _session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def _prepared_model_path(path: Path, sha256: str) -> Path | None:

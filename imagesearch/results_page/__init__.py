@@ -56,7 +56,7 @@ def check_page_path(text: str, images: Sequence[str]) -> Path:
         problem = "its folder does not exist"
     elif path.exists():
         try:
-            start = path.read_bytes()[:1000].decode(errors="replace") if path.is_file() else "a folder or a device"
+            start = _beginning(path) if path.is_file() else "a folder or a device"
         except OSError as error:
             problem = f"the file cannot be read ({describe_error(error)})"
         else:
@@ -64,6 +64,11 @@ def check_page_path(text: str, images: Sequence[str]) -> Path:
     if problem:
         raise UsageError(f"--html {quote_path(text)}: {problem}. Use --html with the name of a new file.")
     return path
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(1000).decode(errors="replace")
 
 
 class Page:
@@ -79,17 +84,19 @@ class Page:
         self._description = f"Index {index}, made with {metadata.model.description}"
         self._limits = limits
         self._results: list[tuple[str, dict[str, Any]]] = []
-        self._previews: dict[str, str] = {}
+        self._query_pictures: dict[int, Picture] = {}  # by the query's number
 
     def keep_previews(self, queries: Iterable[Query | Unreadable]) -> Iterator[Query | Unreadable]:
         """Yields queries whose previews are kept when they are opened."""
-        for query in queries:
-            yield replace(query, open=functools.partial(self._open, query)) if isinstance(query, Query) else query
+        for number, query in enumerate(queries):
+            if isinstance(query, Query):
+                query = replace(query, open=functools.partial(self._open, query, number))
+            yield query
 
     @contextlib.contextmanager
-    def _open(self, query: Query) -> Iterator[OpenedImage]:
+    def _open(self, query: Query, number: int) -> Iterator[OpenedImage]:
         with query.open() as image:
-            self._previews[query.name] = preview(image.stream)
+            self._query_pictures[number] = self._picture(query.file_path, query.name, image)
             yield image
 
     def add(self, name: str, response: dict[str, Any]) -> None:
@@ -128,16 +135,15 @@ class Page:
 
     def _sections(self, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
         """Yields what the template shows of each query: its picture, then its hits in order."""
-        for name, response in self._results:
+        for number, (name, response) in enumerate(self._results):
             section: dict[str, Any] = {"name": name, "short_name": posixpath.basename(name) or name}
             if "error" in response:
                 yield section | {"error": response["error"]["reason"]}
                 continue
             hits = response["hits"]["hits"]
             pictures = pool.map(self._recent_picture, [hit["fields"]["file_path"][0] for hit in hits])
-            link = self._link(name) if os.path.isfile(name) else ""
             yield section | {
-                "picture": Picture(section["short_name"], self._previews.pop(name, ""), link),
+                "picture": self._query_pictures.pop(number),
                 "number_of_hits": self._number_of_hits(len(hits)),
                 "hits": [
                     {
@@ -157,20 +163,28 @@ class Page:
         return f"{images}{self._limits}; a score of 1 means the same picture"
 
     def _hit_picture(self, file_path: str) -> Picture:
-        """Returns a hit's preview, linked to its file.
+        """Returns a hit's preview."""
+        location = file_path if BUCKET_URL.match(file_path) else file_path_to_local(file_path, self._folder)
+        try:
+            with open_query(location) as image:
+                return self._picture(file_path, file_path, image)
+        except FileNotFoundError:
+            return Picture(posixpath.basename(file_path), problem="is gone")
+        except (OSError, ValueError, ImageSearchError):
+            return Picture(posixpath.basename(file_path), problem="cannot be read")
+
+    def _picture(self, file_path: str, name: str, image: OpenedImage) -> Picture:
+        """Returns an image's preview, linked to its file, if `file_path` is one.
 
         Objects in a bucket are not linked: a signed link would stay valid for whoever has the page.
         """
-        name = posixpath.basename(file_path)
-        in_bucket = BUCKET_URL.match(file_path)
-        path = file_path if in_bucket else file_path_to_local(file_path, self._folder)
+        short_name = posixpath.basename(name) or name
+        is_file = file_path and not BUCKET_URL.match(file_path)
+        link = self._link(file_path_to_local(file_path, self._folder)) if is_file else ""
         try:
-            with open_query(path) as image:
-                return Picture(name, preview(image.stream), "" if in_bucket else self._link(path))
-        except FileNotFoundError:
-            return Picture(name, problem="is gone")
+            return Picture(short_name, preview(image.stream), link)
         except Exception:  # Pillow raises nearly anything for a damaged file
-            return Picture(name, problem="cannot be read")
+            return Picture(short_name, problem="cannot be read")
 
     def _link(self, path: str) -> str:
         folder = os.fsencode(os.path.dirname(os.path.abspath(self._path)))

@@ -34,9 +34,9 @@ class Source(Protocol):
         """What the `file_path` of each of its images begins with: ``./images``, ``/srv/photos``, ``s3://birds``."""
 
     def find_images(self) -> Iterator[ImageFile | Skipped | Unreadable]:
-        """Yields every file at any depth, in the source's own order.
+        """Yields every image at any depth, in the source's own order.
 
-        Hidden files and folders, other files, and folders that were already found are skipped. Raises
+        Yields `Skipped` for hidden files and folders, other files, and folders that were already found. Raises
         ImageSearchError if the source cannot be listed.
         """
 

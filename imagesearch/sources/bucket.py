@@ -44,6 +44,7 @@ class BucketSource:
         self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
         self._store = _open_store(self._bucket_url, RETRIES_OF_A_RUN)
         self._readers = ThreadPoolExecutor(READERS)
+        self._unreachable: ImageSearchError | None = None
         # With few retries, so that a wrong address is reported soon.
         next(self._list(_open_store(self._bucket_url, RETRIES_OF_A_QUERY), 1), None)
 
@@ -81,11 +82,14 @@ class BucketSource:
     @contextlib.contextmanager
     def open_images(self, images: Sequence[ImageFile]) -> Iterator[list[OpenedImage | Unreadable]]:
         def read(image: ImageFile) -> OpenedImage | Unreadable:
+            if self._unreachable:  # by now: each object would be retried for two minutes
+                raise self._unreachable
             try:
                 return _read(self._store, self._bucket_url, image.location)
             except OBSTORE_ERRORS as error:
                 if _is_unreachable(error):
-                    raise _explain(error, self._bucket_url) from None
+                    self._unreachable = _explain(error, self._bucket_url)
+                    raise self._unreachable from None
                 return Unreadable(image.file_path, _short_reason(error))
 
         # All at once: if each object were to wait for room, two chunks could wait for each other.

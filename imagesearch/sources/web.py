@@ -31,6 +31,8 @@ def open_url(url: str) -> Iterator[OpenedImage]:
                 content += chunk
                 check_size(len(content))
             yield OpenedImage.from_memory(without_credentials(url), bytes(content))
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):  # which would be in the message
+        raise ValueError("it, or where it redirects to, is not a valid http or https URL") from None
     except requests.RequestException as error:
         cause = root_cause(error)
         if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
