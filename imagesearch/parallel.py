@@ -84,9 +84,9 @@ def batch_until_error(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def make_chunks(
     items: Iterable[Item], size: int, workers: int, weight: Callable[[Item], int], max_weight: int
 ) -> Iterator[list[Item]]:
-    """Yields lists of at most `size` items, for `workers` to share.
+    """Yields lists of at most `size` items, for `workers` to share; if of several items, of at most `max_weight`.
 
-    A list of more than one item weighs at most `max_weight`. The last lists are smaller, so that all workers end at about the same time; to know when they begin, up to
+    The last lists are smaller, so that all workers end at about the same time; to know when they begin, up to
     2 * workers * size items are read ahead. What `items` raises is raised after the items before it.
     """
     errors: list[Exception] = []

@@ -97,7 +97,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 
 
 def through(web: HTTPServer, scripts: Scripts, *failing: str, status: int = 502) -> list[str]:
-    """Makes `web` a proxy in front of Elasticsearch, which fails twice for each time that a kind of request is named."""
+    """Makes `web` a proxy in front of Elasticsearch, which fails twice for each kind of request that is named."""
     upstream = trusting_session(Path(scripts.environment["ES_CA_CERT"]))
     server, failed = scripts.environment["ES_URL"], list[str]()
 

@@ -170,12 +170,13 @@ def test_a_search_imports_only_what_it_needs(scripts: Scripts, bird_images: list
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
-        scripts.search(query, PYTHONPATH=str(scripts.folder))
+        scripts.search(query, PYTHONPATH=str(scripts.folder), HOME=str(scripts.folder), XDG_CACHE_HOME="")
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
     never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}
     assert {"imgbeddings", "onnxruntime", "numpy"} <= for_new and not never & for_new
     assert not {"imgbeddings", "onnxruntime"} & for_indexed
+    assert os.listdir(scripts.folder / ".cache") == ["imagesearch"]  # and no telemetry of ONNX Runtime
 
 
 def test_no_index_and_an_empty_one_are_reported_in_one_line(scripts: Scripts, bird_images: list[Path]) -> None:
