@@ -164,13 +164,14 @@ def test_an_indexed_picture_is_searched_without_the_model(scripts: Scripts, bird
 
 def test_a_search_imports_only_what_it_needs(scripts: Scripts, bird_images: list[Path]) -> None:
     model = averaging_model(scripts.folder / "model.onnx")
+    scripts.environment |= {"HOME": str(scripts.folder), "XDG_CACHE_HOME": ""}
     scripts.create("--model", model)
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, sep='\\n', file=open('modules', 'w')))"
     (scripts.folder / "sitecustomize.py").write_text(code)
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
-        scripts.search(query, PYTHONPATH=str(scripts.folder), HOME=str(scripts.folder), XDG_CACHE_HOME="")
+        scripts.search(query, PYTHONPATH=str(scripts.folder))
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
     never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}
