@@ -1,6 +1,7 @@
 """Messages to the user, on stderr, and results, on stdout. Imports the standard library only."""
 
 import os
+import sys
 from contextlib import suppress
 
 CLEAR_LINE = "\r\x1b[K"  # of a progress bar, which is drawn again when it moves
@@ -20,6 +21,7 @@ class OutputError(Exception):
 def write_line(text: str) -> None:
     """Prints one line of results on stdout. Raises OutputError."""
     try:
-        print(text, flush=True)
+        sys.stdout.write(f"{text}\n")  # not print, which writes the end of the line by itself: Ctrl-C may come between
+        sys.stdout.flush()
     except OSError as error:
         raise OutputError from error

@@ -39,7 +39,7 @@ class Progress:
         """Shows a bar if stderr is a terminal; `images` are counted on a thread meanwhile. `index` ends the summary."""
         self._index = index
         if self._is_terminal:
-            self._bar = tqdm(unit=" images", delay=BAR_AFTER_SECONDS, dynamic_ncols=True, smoothing=0)
+            self._bar = tqdm(unit=" images", delay=BAR_AFTER_SECONDS, dynamic_ncols=True, smoothing=0, miniters=1)
             threading.Thread(target=self._count, args=[images], daemon=True).start()
 
     def _count(self, images: Iterable[object]) -> None:
@@ -80,6 +80,8 @@ class Progress:
     def count_unchanged(self) -> None:
         """Counts an unchanged image."""
         self.unchanged += 1
+        if self._is_terminal:
+            self._bar.initial += 1  # no part of the rate, from which the time left is told
         self.advance(1)
 
     def count_written(self, item: Document | MetadataUpdate) -> None:
@@ -120,4 +122,4 @@ class Progress:
 
     def say_interrupted(self) -> None:
         """Says how far the run has come; in a signal handler."""
-        say(f"Interrupted: {self.summary()}. Run the command again to continue.")
+        say(f"Interrupted: at least {self.summary()}. Run the command again to continue: what is stored is kept.")

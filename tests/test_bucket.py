@@ -132,7 +132,7 @@ def test_a_key_that_cannot_be_listed_ends_the_run_with_what_to_do(
             r"No answer from s3://\S+ \(error sending request\)\.",
         ),
         ({}, "s3://no-such-bucket-here", r"There is no bucket s3://no-such-bucket-here, .* \(HTTP 404 NoSuchBucket\)"),
-        ({}, "{}/no/such/prefix", r"There are no images below s3://\S+/no/such/prefix"),
+        ({}, "{}/no/such/prefix", r"[Tt]here are no images below (s3://\S+/no/such/prefix|it)"),
         ({}, "s3://user:local-SECRET@birds", r"The URL of a bucket must look like s3://bucket/folder, without a user"),
         *(({}, url, r"The URL of a bucket must look like") for url in ("s3://", "s3://birds?x=1", "s3://birds:80/a")),
     ],
@@ -148,9 +148,12 @@ def test_what_is_wrong_is_reported_in_one_line(
     assert re.search(message, line), line
     assert "<" not in line and "Debug" not in line and "SECRET-" not in line and "-SECRET" not in line
     assert local_scripts_on_s3.count() == 0
-    if "Access" in message or "no-such" in url:  # the same as a query
-        done = local_scripts_on_s3.run("search.py", url.format(bucket.url), **environment)
-        assert done.returncode == 2  # there is no index
+    local_scripts_on_s3.create("--images", bucket.url)
+    done = local_scripts_on_s3.run("search.py", url.format(bucket.url), f"{bucket.url}/a.png", **environment)  # queries
+    first, *others = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1 and len(others) == 1
+    assert re.search(message.removesuffix(r"\."), first["error"]["reason"]), first
+    assert "SECRET-" not in done.stdout + done.stderr and "-SECRET" not in done.stdout + done.stderr
 
 
 def test_one_bad_object_is_one_line(local_scripts_on_s3: Scripts, bucket: Bucket) -> None:
@@ -165,6 +168,17 @@ def test_one_bad_object_is_one_line(local_scripts_on_s3: Scripts, bucket: Bucket
     assert first["error"]["reason"] == f"Cannot read {bucket.url}/gone.png: no such object"
     assert second["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
     assert "There is no bucket s3://no-such-bucket-here" in third["error"]["reason"]
+
+
+def test_an_object_that_is_too_large_is_not_read(local_scripts_on_s3: Scripts, bucket: Bucket) -> None:
+    """Beyond 200 MB; here 300 bytes."""
+    patch = "import imagesearch.sources\nimagesearch.sources.MAX_CONTENT_BYTES = 300\n"
+    (local_scripts_on_s3.folder / "sitecustomize.py").write_text(patch)
+    bucket.put({"a.png": png(1, (4, 4)), "large.png": png(2, (60, 40))})
+    path = f"{local_scripts_on_s3.folder}:{ROOT}"
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, PYTHONPATH=path)
+    assert counts(stderr) == {"new": 1, "unreadable": 1}
+    assert f"Cannot read {bucket.url}/large.png: more than " in stderr
 
 
 def test_the_page_shows_hits_in_a_bucket_without_linking_them(local_scripts_on_s3: Scripts, bucket: Bucket) -> None:

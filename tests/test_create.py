@@ -74,8 +74,10 @@ def test_copies_are_embedded_once(scripts: Scripts, model_calls: Path, picture: 
     picture("images/new.png", size=(8, 8), seed=99)
     assert counts(scripts.create()) == {"new": 1, "updated": 1, "known": 1, "unchanged": 29}
     assert model_calls.stat().st_size == embedded + 1
+    embedded = model_calls.stat().st_size
     scripts.index += "-other"  # another index is no source of embeddings
     assert counts(scripts.create())["new"] == 31
+    assert model_calls.stat().st_size >= embedded + 4
 
 
 def test_hidden_and_other_files_are_skipped_and_counted_by_kind(scripts: Scripts, picture: Picture) -> None:
@@ -97,7 +99,9 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(scripts: Scripts, bird
     stderr = scripts.create(code=1)
     assert counts(stderr) == {"new": 6, "unreadable": 25}
     assert "Cannot read ./images/Bald_Eagle/0.png: not an image that Pillow can read\n" in stderr
-    assert stderr.count("Cannot read") == 25  # all of them: stderr is no terminal
+    named = re.findall(r"Cannot read (\S+):", stderr)  # all of them: stderr is no terminal
+    assert sorted(named) == sorted(f"./{path.relative_to(scripts.folder)}" for path in bird_images[:25])
+    assert named == re.findall(r"Cannot read (\S+):", scripts.create(code=1))  # in the listing's order, each time
     assert "Fix or move them, or leave them: the others are indexed." in stderr
 
 

@@ -251,16 +251,17 @@ def test_another_model_replaces_a_local_index(project: Scripts) -> None:
 
 
 def test_options_are_those_of_the_scripts(scripts_on_file: Scripts) -> None:
-    """Those that any document names, of any script."""
-    known = set()
-    for script in ("create.py", "search.py"):
-        known |= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", scripts_on_file.run(script, "--help").stdout))
+    """Those of each command, and those that a document names without one."""
+    known = {
+        script: set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", scripts_on_file.run(f"{script}.py", "--help").stdout))
+        for script in ("create", "search")
+    }
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
-            for command in re.findall(r"(?:create|search)\.py ([^|`<>]*)", line):
-                assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", command)) <= known, (document, line)
+            for script, command in re.findall(r"(?<!_)(create|search)\.py ([^|`<>]*)", line):
+                assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", command)) <= known[script], (document, line)
         named = set(re.findall(r"`(--[a-z][a-z-]+)", document.read_text()))
-        assert named <= known | {"--no-deps"}, document
+        assert named <= known["create"] | known["search"] | {"--no-deps"}, document
 
 
 def test_links_and_make_targets_exist() -> None:

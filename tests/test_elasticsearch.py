@@ -6,18 +6,22 @@ import shlex
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from elasticsearch import OrjsonSerializer
+from elasticsearch.helpers import expand_action
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from imagesearch.index import INDEX_TYPES, open_index
 from imagesearch.index.connection import Connection
 from imagesearch.index.elasticsearch_errors import PRIVILEGES_HINT
-from imagesearch.records import PREPROCESSING, Search
+from imagesearch.index.elasticsearch_writer import BULK_SIZE, _action
+from imagesearch.records import PREPROCESSING, Document, Embedded, ImageFile, Search
 from tests.certificates import CA
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, counts, environment
@@ -267,6 +271,14 @@ def test_the_api_key_is_sent_by_both_scripts(scripts_on_file: Scripts, web: HTTP
     sent = [(request.method, request.headers.get("Authorization")) for request, _ in web.log]
     assert sent[:2] == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
     assert len(sent) >= 3 and {key for _, key in sent} == {"ApiKey a2V5OmtleQ=="}
+
+
+def test_a_bulk_request_is_below_1_mb() -> None:
+    """The default limit of nginx; with long paths, and values as long as those of CLIP."""
+    embedding = np.random.default_rng(1).standard_normal(768).astype(np.float32) * np.float32(0.3)
+    image = ImageFile("", "./images/" + 300 * "x", "x" * 100, 12_345_678, time.time_ns())
+    lines = expand_action(_action(Document(image, 64 * "a", Embedded(embedding))) | {"_index": 50 * "x"})
+    assert BULK_SIZE * sum(len(OrjsonSerializer().dumps(line)) + 1 for line in lines) < 1_000_000
 
 
 # What cannot work is one line

@@ -14,7 +14,10 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from imagesearch.errors import ImageSearchError
 from imagesearch.index import sqlite
+from imagesearch.index.connection import Connection
+from imagesearch.index.elasticsearch import RETRY_OF_A_SEARCH, open_http_session, session_transport
 from tests.certificates import trusting_session
 from tests.conftest import MANY
 from tests.pictures import Picture, averaging_model
@@ -183,6 +186,78 @@ def test_an_index_that_is_deleted_during_a_run_ends_it(scripts_on_elasticsearch:
     assert counts(scripts.create()) == {"new": MANY}
 
 
+def test_an_index_that_is_replaced_during_a_run_ends_it(scripts_on_elasticsearch: Scripts, many_images: Path) -> None:
+    """What was written before is gone, though every request is answered."""
+    scripts = scripts_on_elasticsearch
+    scripts.folder = many_images
+    process = scripts.start("create.py")
+    wait_until(lambda: scripts.count() > 200)
+    mappings = scripts.request("GET", scripts.index)[scripts.index]["mappings"]
+    scripts.request("DELETE", scripts.index)
+    with contextlib.suppress(AssertionError):  # a request of the run was faster
+        scripts.request("PUT", scripts.index, {"mappings": mappings})
+    code, stderr = end(process)
+    assert code == 1 and f"create.py: The index {scripts.index} was deleted during the run" in stderr
+
+
+def test_a_run_keeps_to_the_index_that_its_alias_pointed_to(
+    scripts_on_elasticsearch: Scripts, many_images: Path, picture: Picture
+) -> None:
+    scripts = scripts_on_elasticsearch
+    picture("images/a.png")
+    alias, indices = scripts.index, [f"{scripts.index}-{number}" for number in (1, 2)]
+    for scripts.index in indices:
+        scripts.create()
+    switch = [{"add": {"index": indices[0], "alias": alias}}]
+    scripts.request("POST", "_aliases", {"actions": switch})
+    scripts.folder, scripts.index = many_images, alias
+    process = scripts.start("create.py")
+    wait_until(lambda: scripts.count() > 200)
+    switch = [{"remove": {"index": indices[0], "alias": alias}}, {"add": {"index": indices[1], "alias": alias}}]
+    scripts.request("POST", "_aliases", {"actions": switch})
+    code, stderr = end(process)
+    assert code == 0, stderr
+    for scripts.index, number in zip(indices, (1 + MANY, 1), strict=True):
+        assert scripts.count() == number
+        scripts.request("DELETE", scripts.index)
+
+
+def test_connections_that_end_do_not_end_a_search(
+    scripts_on_elasticsearch: Scripts, many_images: Path, tcp_proxy: TcpProxy
+) -> None:
+    """As load balancers do with those that were idle; or all at once, as here."""
+    scripts = scripts_on_elasticsearch
+    scripts.folder = many_images
+    scripts.create()
+    url = re.sub(r":\d+$", f":{tcp_proxy.port}", scripts.environment["ES_URL"])
+    process = scripts.start("search.py", "images", ES_URL=url)
+    assert process.stdout
+    lines = [process.stdout.readline() for _ in range(100)]
+    tcp_proxy.stop()
+    tcp_proxy.start()
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert len(lines + stdout.splitlines()) == MANY
+
+
+def test_a_server_is_given_up_once(scripts_on_elasticsearch: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by one request after the other, two minutes each; here with three retries, which take 6 seconds."""
+    monkeypatch.setattr(RETRY_OF_A_SEARCH.__class__, "_gave_up", False)  # as in a new process, and afterwards
+    url = re.sub(r":\d+$", ":9", scripts_on_elasticsearch.environment["ES_URL"])
+    connection = Connection.from_env(scripts_on_elasticsearch.environment | {"ES_URL": url})
+    assert connection
+    session = open_http_session(connection)
+    for adapter in session.adapters.values():
+        adapter.max_retries = RETRY_OF_A_SEARCH  # type: ignore[attr-defined]
+    send, seconds = session_transport(session, connection), []
+    for _ in range(3):
+        started = time.monotonic()
+        with pytest.raises(ImageSearchError, match="No answer"):
+            send("GET", "", None)
+        seconds.append(time.monotonic() - started)
+    assert seconds[0] > 4 and max(seconds[1:]) < 1
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_of_two_runs_with_different_models_one_is_refused(delay: float, scripts: Scripts, picture: Picture) -> None:
     for number in range(20):
@@ -224,7 +299,11 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     ended, stderr = end(process, seconds=20)
     assert ended == code, stderr
     assert time.monotonic() - started < 1
-    assert re.search(r"^Interrupted: [\d,]+ new .*\. Run the command again to continue\.$", stderr, re.MULTILINE)
+    assert re.search(
+        r"^Interrupted: at least [\d,]+ new .*\. Run the command again to continue: what is stored is kept\.$",
+        stderr,
+        re.MULTILINE,
+    )
     again = counts(scripts.create())
     assert 0 < counts(stderr)["new"] <= again["unchanged"] < MANY  # what was on its way may have been stored
     assert again["new"] + again["unchanged"] == scripts.count() == MANY

@@ -67,6 +67,11 @@ def page_path(tmp_path: Path, picture: Picture) -> Path:
     return page
 
 
+def _is_own(request: Any) -> bool:
+    """True for the page itself, and the pictures inside it."""
+    return bool(request.is_navigation_request() or request.url.startswith("data:"))
+
+
 @pytest.fixture
 def browser_page(browser: Browser) -> Iterator[BrowserPage]:
     """A page of the browser; whatever it complains of or asks for is in its `noise`."""
@@ -75,7 +80,7 @@ def browser_page(browser: Browser) -> Iterator[BrowserPage]:
     page.on("console", lambda message: noise.append(message.text))
     page.on("pageerror", lambda error: noise.append(str(error)))
     page.on("dialog", lambda dialog: noise.append(dialog.message))
-    page.on("request", lambda request: noise.append(request.url) if request.url.startswith("http") else None)
+    page.on("request", lambda request: None if _is_own(request) else noise.append(request.url))
     page.noise = noise  # type: ignore[attr-defined]
     yield page
     page.close()

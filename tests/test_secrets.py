@@ -3,7 +3,7 @@
 import re
 import subprocess
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ from imagesearch.errors import UsageError
 from imagesearch.index.connection import Connection
 from imagesearch.paths import without_credentials
 from tests.pictures import Picture, averaging_model
-from tests.running import Scripts
+from tests.running import Scripts, wait_until
 
 PASSWORD = "hunter2&SECRET/marked"
 KEY = "SECRETmarkedKEY=="
@@ -56,18 +56,24 @@ def test_neither_help_nor_the_process_list_shows_a_secret(scripts_on_file: Scrip
     for script in ("create.py", "search.py"):
         done = scripts_on_file.run(script, "--help", **environment)
         assert done.returncode == 0 and "hunter2" not in done.stdout
-    process = scripts_on_file.start("search.py", "-", stdin=subprocess.PIPE)
+    process = scripts_on_file.start("search.py", "-", stdin=subprocess.PIPE, **environment)
     command = Path(f"/proc/{process.pid}/cmdline")
-    assert not command.exists() or b"SECRET" not in command.read_bytes()
+    wait_until(lambda: b"search.py" in command.read_bytes())
+    assert b"SECRET" not in command.read_bytes()
     process.communicate("")
 
 
-def test_the_files_that_stay_hold_no_secret(scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/a.png")
-    model = averaging_model(scripts_on_file.folder / "model.onnx")
-    scripts_on_file.create("--model", model, ES_API_KEY=KEY, SECRET=PASSWORD)
-    for path in scripts_on_file.folder.rglob("*"):
-        assert not path.is_file() or b"SECRET" not in path.read_bytes(), path
+def test_the_files_that_stay_hold_no_secret(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    scripts = scripts_on_elasticsearch
+    query = picture("images/a.png")
+    scripts.create("--model", averaging_model(scripts.folder / "model.onnx"))
+    scripts.search(query, "--html", "page.html")
+    found = re.search(r"//admin:([^@]+)@", scripts.environment["ES_URL"])
+    assert found and len(found[1]) > 8
+    files = [path for path in scripts.folder.rglob("*") if path.is_file()]
+    assert {"page.html", "model.onnx"} < {path.name for path in files}  # and the prepared model, in the cache
+    for path in files:
+        assert found[1].encode() not in path.read_bytes() and unquote(found[1]).encode() not in path.read_bytes(), path
 
 
 PIECES = st.text(max_size=8) | st.sampled_from(["1/", "/", "?", "#", "@", ":", ",", "%", "[", "]", "\\", " "])

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,27 @@ def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
     assert all(len(line) <= columns for line in states)
 
 
+def test_the_time_left_is_told_from_what_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from what is unchanged, which takes no time: a resumed run would seem to be at its end."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress()
+    progress.start("", [])
+    for _ in range(1000):
+        progress.count_unchanged()
+    time.sleep(0.2)
+    progress.advance(4)
+    rate = re.search(r"1004.* ([\d.]+) images/s", str(progress._bar))
+    assert rate and 5 < float(rate[1]) < 30
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
+    """Every 30 seconds; here with each chunk."""
+    patch = "import imagesearch.progress\nimagesearch.progress.LINE_INTERVAL_SECONDS = 0\n"
+    (scripts_on_file.folder / "sitecustomize.py").write_text(patch)
+    stderr = scripts_on_file.create(PYTHONPATH=f"{scripts_on_file.folder}:{ROOT}")
+    assert "\n31 images done\n" in stderr
+
+
 def test_without_a_terminal_there_is_no_bar(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     assert scripts_on_file.create().count("\n") == 2  # the index, and the summary
 
@@ -79,6 +101,13 @@ def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_imag
     assert shown.count("Cannot read missing.png") == 1
 
 
+def test_a_terminal_shows_how_many_searches_are_done(scripts_on_file: Scripts, many_images: Path) -> None:
+    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
+    scripts_on_file.create()
+    code, shown = scripts_on_file.on_a_terminal("search.py", *["images"] * 3)
+    assert code == 0 and re.search(r"\d+ images \[00:0", shown), shown[-300:]
+
+
 @pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
 def test_messages_that_cannot_be_written_are_dropped(
     closing: str, scripts_on_file: Scripts, bird_images: list[Path]
@@ -102,7 +131,7 @@ def test_results_that_cannot_be_written_are_an_error(scripts_on_file: Scripts, b
 
 
 def test_a_run_goes_on_when_its_terminal_is_closed(scripts_on_file: Scripts, many_images: Path) -> None:
-    """As one that was disowned; here its terminal is one of `script`, which is killed."""
+    """As one that was disowned."""
     scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
     ours, theirs = os.openpty()
     process = subprocess.Popen(

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from imagesearch.console import say
@@ -49,12 +50,20 @@ SAY_RETRY_SECONDS = 10
 
 
 class _SayingRetry(Retry):
-    """urllib3's Retry, which tells the user of it now and then."""
+    """urllib3's Retry, which tells the user of it now and then.
+
+    When one request has none left, others are not retried: they would wait for the same server, one after the other.
+    """
 
     _said_at = 0.0
+    _gave_up = False
 
     def increment(self, *args: Any, **kwargs: Any) -> Self:
-        retry = super().increment(*args, **kwargs)  # raises when there are no more
+        try:
+            retry = Retry.increment(self.new(total=0) if _SayingRetry._gave_up else self, *args, **kwargs)
+        except MaxRetryError:
+            _SayingRetry._gave_up = True
+            raise
         if time.monotonic() - _SayingRetry._said_at > SAY_RETRY_SECONDS:
             _SayingRetry._said_at = time.monotonic()
             last = retry.history[-1]
@@ -74,7 +83,7 @@ RETRY_OF_A_RUN = _SayingRetry(
     raise_on_status=True,  # so that the bulk helper does not repeat all of it after the last HTTP 429
     respect_retry_after_header=False,
 )
-RETRY_OF_A_SEARCH = RETRY_OF_A_RUN.new(total=3, read=0, raise_on_status=False)
+RETRY_OF_A_SEARCH = RETRY_OF_A_RUN.new(total=3, read=1, raise_on_status=False)
 
 
 class _Adapter(HTTPAdapter):

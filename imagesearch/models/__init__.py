@@ -79,7 +79,8 @@ def load_index_model(info: ModelInfo, name: str | None, single_image: bool = Fal
         if name or info.name in MODEL_NAMES:
             raise
         raise UsageError(
-            f"The index was made with the model {quote_path(info.name)}: use --model FILE to say where it is now."
+            f"The index was made with the model {quote_path(info.name)}, which is not there any more: use --model FILE"
+            " to say where it is now."
         ) from error
     check_compatible(info, model.info)
     return model

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
@@ -118,7 +118,7 @@ def open_object(url: str) -> Iterator[OpenedImage]:
         except FileNotFoundError as error:
             raise FileNotFoundError(_short_reason(error)) from None
         except OBSTORE_ERRORS as error:
-            if isinstance(error, BaseError) and (_is_unreachable(error) or "PermissionDenied" in type(error).__name__):
+            if _is_unreachable(error) or isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
                 raise _explain(error, bucket_url) from None
             raise OSError(_short_reason(error)) from None
         yield image
@@ -160,7 +160,7 @@ def _mtime(last_modified: datetime) -> int:
 
 def _is_unreachable(error: Exception) -> bool:
     """Returns True if the store gave no answer, and so will not for other objects either."""
-    return type(error).__name__ == "GenericError" and "status code" not in str(error)
+    return isinstance(error, GenericError) and "status code" not in str(error)
 
 
 def _explain(error: Exception, bucket_url: str) -> ImageSearchError:
