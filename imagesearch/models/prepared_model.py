@@ -96,6 +96,7 @@ def _prepare(path: Path, weights: str, target: Path) -> None:
         say("Preparing the model for this CPU, which takes some seconds, once.")
     model = load(path)
     rewritten = rewrite(model) if weights == "int8" else None
+    del model  # as large as the file
     with atomic_write(target) as temporary:
         options = _session_options(1)
         options.optimized_model_filepath = str(temporary)
