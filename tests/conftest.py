@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,10 @@ Fixture = TypeVar("Fixture", bound=Callable[..., Any])
 MANY = 2500  # images in `many_images`
 # Of the servers that all workers share, as JSON: their environment for the scripts, or the reason why there is none.
 SERVERS = "IMAGESEARCH_TEST_SERVERS"
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def slow(fixture: Fixture) -> Fixture:
