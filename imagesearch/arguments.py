@@ -13,10 +13,9 @@ from imagesearch.errors import UsageError
 from imagesearch.index import INDEX_TYPES
 from imagesearch.index.connection import uses_elasticsearch
 from imagesearch.paths import local_path, path_to_text, quote_path
-from imagesearch.records import Part
+from imagesearch.records import MAX_K, Part
 
 DEFAULT_INDEX = "images"
-MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 
 CREATE_EXAMPLES = """\
   python3 create.py                            index ./images

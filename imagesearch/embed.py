@@ -1,6 +1,7 @@
 """Images to embeddings on all CPUs: chunks are opened and looked up in the index, then embedded one by one."""
 
 import contextlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -111,8 +112,12 @@ def embed_images(
     def embed_chunk(chunk: Sequence[Candidate]) -> list[Document | MetadataUpdate | Unreadable]:
         with source.open_images([candidate.image for candidate in chunk]) as opened:
             pairs = list(zip(chunk, opened, strict=True))
-            embedded = iter(embedder.embed([image for pair in pairs if not _is_unchanged(*pair) for image in pair[1:]]))
-            results = [_to_write(*pair, None if _is_unchanged(*pair) else next(embedded)) for pair in pairs]
+            changed = [not _is_unchanged(candidate, image) for candidate, image in pairs]
+            embedded = iter(embedder.embed(list(itertools.compress(opened, changed))))
+            results = [
+                _to_write(candidate, image, next(embedded) if is_changed else None)
+                for (candidate, image), is_changed in zip(pairs, changed, strict=True)
+            ]
         progress.advance(len(chunk))
         return results
 

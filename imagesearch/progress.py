@@ -36,7 +36,7 @@ class Progress:
         self._done = 0
 
     def start(self, index: str, images: Iterable[object]) -> None:
-        """Shows a bar if stderr is a terminal; `images` are counted on a thread meanwhile. `index` ends the summary."""
+        """Shows a bar if stderr is a terminal, and counts `images` for it on a thread. `index` ends the summary."""
         self._index = index
         if self._is_terminal:
             self._bar = tqdm(unit=" images", delay=BAR_AFTER_SECONDS, dynamic_ncols=True, smoothing=0, miniters=1)

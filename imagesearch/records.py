@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 DIMENSIONS = 768  # of an embedding
 BATCH_SIZE = 1000  # documents that are looked up, listed or deleted together
+MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
 Embedding = NDArray[np.float32]  # shape (768,)
 

@@ -16,18 +16,7 @@ from pathlib import Path
 import PIL
 
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
-LIBRARIES += [
-    "onnx",
-    "onnxruntime",
-    "orjson",
-    "pi_heif",
-    "PIL.Image",
-    "PIL.ImageCms",
-    "requests",
-    "sqlite_vec",
-    "jinja2",
-    "tqdm",
-]
+LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec"]
 LIBRARIES += ["jinja2", "tqdm", *(f"PIL.{plugin}" for plugin in PIL._plugins)]
 MODULES = ["arguments", "embed", "progress", "results_page", "sources.bucket", "sources.folder", "sources.web"]
 MODULES += ["index.elasticsearch_writer", "index.sqlite", "models.clip", "models.int8"]

@@ -180,6 +180,12 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
+def patched(folder: Path, code: str) -> dict[str, str]:
+    """The environment in which a script's Python runs `code` first: sitecustomize.py, which is written to `folder`."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
 KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
 COUNTS = re.compile(
     rf"(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"

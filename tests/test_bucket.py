@@ -14,8 +14,7 @@ from werkzeug import Request, Response
 
 from tests.conftest import Bucket
 from tests.pictures import png
-from tests.running import Scripts, counts, end, skipped, wait_until
-from tests.server import ROOT
+from tests.running import Scripts, counts, end, patched, skipped, wait_until
 from tests.tcp_proxy import TcpProxy
 
 
@@ -173,10 +172,9 @@ def test_one_bad_object_is_one_line(local_scripts_on_s3: Scripts, bucket: Bucket
 def test_an_object_that_is_too_large_is_not_read(local_scripts_on_s3: Scripts, bucket: Bucket) -> None:
     """Beyond 200 MB; here 300 bytes."""
     patch = "import imagesearch.sources\nimagesearch.sources.MAX_CONTENT_BYTES = 300\n"
-    (local_scripts_on_s3.folder / "sitecustomize.py").write_text(patch)
     bucket.put({"a.png": png(1, (4, 4)), "large.png": png(2, (60, 40))})
-    path = f"{local_scripts_on_s3.folder}:{ROOT}"
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, PYTHONPATH=path)
+    settings = patched(local_scripts_on_s3.folder, patch)
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
     assert counts(stderr) == {"new": 1, "unreadable": 1}
     assert f"Cannot read {bucket.url}/large.png: more than " in stderr
 
@@ -254,13 +252,10 @@ def test_an_object_that_the_store_refuses_is_one_unreadable_image(
 ) -> None:
     """Whatever its status, also after all retries, which are fewer here."""
     patch = "import imagesearch.sources.bucket as b\nb.RETRIES_OF_A_RUN = 2\n"
-    (local_scripts_on_s3.folder / "sitecustomize.py").write_text(patch)
     names = ("a.png", "broken.png", "encrypted.png", "z.png")
     bucket.put({name: png(seed) for seed, name in enumerate(names)})
     through(web, local_scripts_on_s3)
-    stderr = local_scripts_on_s3.create(
-        "--images", bucket.url, code=1, PYTHONPATH=f"{local_scripts_on_s3.folder}:{ROOT}"
-    )
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **patched(local_scripts_on_s3.folder, patch))
     assert counts(stderr) == {"new": 2, "unreadable": 2}
     assert f"Cannot read {bucket.url}/encrypted.png: HTTP 400 InvalidRequest" in stderr
     assert f"Cannot read {bucket.url}/broken.png: HTTP 500" in stderr
@@ -271,10 +266,10 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     """After two minutes; here after two retries. Objects that wait are not tried any more."""
     scripts = local_scripts_on_s3
-    (scripts.folder / "sitecustomize.py").write_text("import imagesearch.sources.bucket as b\nb.RETRIES_OF_A_RUN = 2\n")
+    settings = patched(scripts.folder, "import imagesearch.sources.bucket as b\nb.RETRIES_OF_A_RUN = 2\n")
     bucket.put({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
-        settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "PYTHONPATH": f"{scripts.folder}:{ROOT}"}
+        settings["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
         process = scripts.start("create.py", "--images", bucket.url, **settings)
         wait_until(lambda: process.poll() is not None or scripts.count() > 0)
         proxy.stop()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagesearch.parallel import available_cpus
 from tests.pictures import Picture, averaging_model, image
-from tests.running import Scripts, counts, skipped
+from tests.running import Scripts, counts, patched, skipped
 from tests.server import ROOT
 
 # Python imports it at its start: each call of the model appends a byte to a file.
@@ -32,8 +32,7 @@ def model_calls(scripts: Scripts) -> Path:
     """A file that has a byte for each call of the scripts' model."""
     path = scripts.folder / "calls"
     path.touch()
-    (scripts.folder / "sitecustomize.py").write_text(COUNTING.format(path=str(path)))
-    scripts.environment["PYTHONPATH"] = os.pathsep.join([str(scripts.folder), str(ROOT)])
+    scripts.environment |= patched(scripts.folder, COUNTING.format(path=str(path)))
     return path
 
 

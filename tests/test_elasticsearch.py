@@ -26,7 +26,7 @@ from tests.certificates import CA
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, counts, environment
 from tests.server import ROLES, ROOT, Elasticsearch
-from tools.embeddings import SHAPES, nearest
+from tools.embeddings import SHAPES, nearest, recall
 from tools.neighbors import load_index, numbers
 
 PASSWORD = "admin:[^@]*@"
@@ -104,13 +104,7 @@ def test_nearly_all_of_the_nearest_are_found_whatever_the_embeddings_shape(scrip
         with open_index(scripts_on_elasticsearch.index, connection, Path()) as index:
             index.get_metadata()
             found = [numbers(index.search(Search(query, k))) for query in queries]
-        right = nearest(embeddings, queries, k)
-        recall = (
-            sum(len(nearby & set(truth.tolist())) for nearby, truth in zip(found, right, strict=True))
-            / k
-            / len(queries)
-        )
-        assert recall >= 0.995, shape
+        assert recall(found, nearest(embeddings, queries, k)) >= 0.995, shape
         scripts_on_elasticsearch.request("DELETE", scripts_on_elasticsearch.index)
 
 

@@ -4,7 +4,6 @@ The model is one of CLIP's shape with outlier channels, with which an embedding 
 (tests/test_models.py shows that it does).
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from PIL import Image
 
 from imagesearch.models.clip import import_imgbeddings
 from tests.pictures import image
-from tests.running import Scripts, counts
-from tests.server import ROOT
+from tests.running import Scripts, counts, patched
 
 COUNT = 24
 
@@ -99,8 +97,7 @@ clip.Clip.embed = interrupting
 def test_an_interrupted_and_resumed_run_makes_the_same_vectors(
     scripts_on_pictures: Scripts, tmp_path: Path, expected: Expected
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
-    scripts_on_pictures.create(code=130, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    scripts_on_pictures.create(code=130, **patched(tmp_path, INTERRUPTING))
     stored = scripts_on_pictures.count()
     assert 0 < stored < COUNT
     assert counts(scripts_on_pictures.create()) == {"new": COUNT - stored, "unchanged": stored}

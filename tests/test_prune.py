@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import Picture
-from tests.running import Scripts, counts, end, wait_until
+from tests.running import Scripts, counts, end, patched, wait_until
 
 
 @pytest.fixture
@@ -121,13 +121,13 @@ def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, picture: Picture) 
 def test_a_document_that_another_run_has_just_added_is_kept(scripts_on_file: Scripts, six_images: list[Path]) -> None:
     """Each that is not in the listing is looked at once more: its file is there by now."""
     scripts = scripts_on_file
-    (scripts.folder / "sitecustomize.py").write_text(
+    patch = (
         "import imagesearch.sources.folder as f\n"
         "find_images = f.FolderSource.find_images\n"
         "f.FolderSource.find_images = lambda self: (i for i in find_images(self) if '5.png' not in str(i))\n"
     )
     scripts.create()
     six_images[4].unlink()
-    stderr = scripts.create("--prune", PYTHONPATH=f"{scripts.folder}:{Path(__file__).parent.parent}")
+    stderr = scripts.create("--prune", code=0, **patched(scripts.folder, patch))
     assert counts(stderr) == {"unchanged": 4, "deleted": 1}
     assert scripts.count() == 5

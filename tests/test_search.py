@@ -14,7 +14,7 @@ from PIL import Image
 from imagesearch.models import Thumbnail
 from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
 from tests.pictures import Picture, averaging_model, image
-from tests.running import Scripts, counts
+from tests.running import Scripts, counts, patched
 from tests.server import ROOT
 
 
@@ -167,11 +167,10 @@ def test_a_search_imports_only_what_it_needs(scripts: Scripts, bird_images: list
     scripts.environment |= {"HOME": str(scripts.folder), "XDG_CACHE_HOME": ""}
     scripts.create("--model", model)
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, sep='\\n', file=open('modules', 'w')))"
-    (scripts.folder / "sitecustomize.py").write_text(code)
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
-        scripts.search(query, PYTHONPATH=str(scripts.folder))
+        scripts.search(query, **patched(scripts.folder, code))
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
     never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}

@@ -15,7 +15,7 @@ from imagesearch.progress import KINDS_SHOWN, Progress
 from imagesearch.records import Skipped
 from tests.clip_model import build
 from tests.pictures import Picture, image
-from tests.running import Scripts, end, wait_until
+from tests.running import Scripts, end, patched, wait_until
 from tests.server import ROOT
 
 
@@ -63,8 +63,7 @@ def test_the_time_left_is_told_from_what_is_embedded(monkeypatch: pytest.MonkeyP
 def test_without_a_terminal_there_is_a_line_now_and_then(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     """Every 30 seconds; here with each chunk."""
     patch = "import imagesearch.progress\nimagesearch.progress.LINE_INTERVAL_SECONDS = 0\n"
-    (scripts_on_file.folder / "sitecustomize.py").write_text(patch)
-    stderr = scripts_on_file.create(PYTHONPATH=f"{scripts_on_file.folder}:{ROOT}")
+    stderr = scripts_on_file.create(code=0, **patched(scripts_on_file.folder, patch))
     assert "\n31 images done\n" in stderr
 
 

@@ -30,7 +30,7 @@ from tests.clip_model import build, build_processor
 from tests.running import environment
 from tests.server import ROOT, S3, Elasticsearch
 from tests.tcp_proxy import TcpProxy
-from tools.embeddings import clustered, nearest
+from tools.embeddings import clustered, nearest, recall
 from tools.neighbors import load_index, numbers
 
 PHOTOGRAPHS, LARGE, PLAIN = 1000, 200, 20  # images; plain imgbeddings is measured on so many
@@ -167,9 +167,7 @@ def large_rows(machine: Machine, server: Elasticsearch) -> Iterator[str]:
     with open_index("many", Connection.from_env(server.environment), Path()) as many:
         many.get_metadata()
         found = [numbers(many.search(Search(query, 10))) for query in queries]
-    right = nearest(embeddings, queries, 10)
-    hits = sum(len(nearby & set(truth.tolist())) for nearby, truth in zip(found, right, strict=True))
-    share = hits / 10 / len(queries)
+    share = recall(found, nearest(embeddings, queries, 10))
     yield f"| find all of the 10 nearest of {EMBEDDINGS:,}, Elasticsearch | {share:.1%} | | | 95% |"
 
 

@@ -5,7 +5,7 @@ dimension is 26 to 43 (Pope et al., https://arxiv.org/abs/2104.08894). And a few
 far larger than the others (https://arxiv.org/abs/2310.13040), with a value that is constant or one that varies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,12 @@ SHAPES: dict[str, Callable[[int, int], Embeddings]] = {
     "outliers": outliers,
     "random": random,
 }
+
+
+def recall(found: Iterable[set[int]], nearest_rows: NDArray[np.int64]) -> float:
+    """Returns the share of the rows from `nearest` that were found, by a set for each query."""
+    hits = sum(len(rows & set(right.tolist())) for rows, right in zip(found, nearest_rows, strict=True))
+    return hits / nearest_rows.size
 
 
 def nearest(embeddings: Embeddings, queries: Embeddings, k: int) -> NDArray[np.int64]:

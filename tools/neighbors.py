@@ -23,7 +23,7 @@ from imagesearch.index.connection import Connection
 from imagesearch.records import Document, Embedded, ImageFile, IndexMetadata, ModelInfo
 from tests.server import ROOT
 from tests.server import Elasticsearch as Server
-from tools.embeddings import SHAPES, Embeddings, nearest
+from tools.embeddings import SHAPES, Embeddings, nearest, recall
 
 QUERIES, K = 200, 10
 MERGED = 100_000  # the largest index that is merged to one segment as well: a million would take an hour
@@ -79,13 +79,12 @@ def compare(
     client: Elasticsearch, index: str, setting: Setting, queries: Embeddings, truth: Any
 ) -> tuple[float, float]:
     """Returns the recall of the 10 nearest, and the median milliseconds of a query."""
-    found, seconds = 0, []
-    for query, right in zip(queries, truth, strict=True):
+    found, seconds = [], []
+    for query in queries:
         started = time.perf_counter()
-        nearby = search(client, index, query, setting)
+        found.append(search(client, index, query, setting))
         seconds.append(time.perf_counter() - started)
-        found += len(nearby & set(right.tolist()))
-    return found / K / len(queries), 1000 * statistics.median(seconds)
+    return recall(found, truth), 1000 * statistics.median(seconds)
 
 
 def disk_usage(client: Elasticsearch, index: str) -> str:

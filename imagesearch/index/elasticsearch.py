@@ -23,6 +23,7 @@ from imagesearch.index.connection import Connection
 from imagesearch.index.elasticsearch_errors import connection_error, network_reason, response_error
 from imagesearch.records import (
     DIMENSIONS,
+    MAX_K,
     SCORE_TOLERANCE,
     Embedding,
     FileMetadata,
@@ -40,7 +41,6 @@ TIMEOUT_SECONDS = (10, 30)  # to connect, and for an answer
 MAX_SEARCHES = 32  # under way at a time, so that a distant server is not waited for
 MAX_CLASSES = 10_000  # that are listed
 MIN_CANDIDATES = 1500  # of each segment: docs/scaling.md has the recall that this gives
-MAX_CANDIDATES = 10_000  # Elasticsearch's limit
 NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
@@ -218,7 +218,7 @@ class ElasticsearchIndex:
             "field": "embeddings",
             "query_vector": search.embedding.tolist(),
             "k": search.k,
-            "num_candidates": min(MAX_CANDIDATES, max(MIN_CANDIDATES, 10 * search.k)),
+            "num_candidates": min(MAX_K, max(MIN_CANDIDATES, 10 * search.k)),
         }
         if self._index_type != "hnsw":
             knn["rescore_vector"] = {"oversample": OVERSAMPLE}

@@ -73,15 +73,13 @@ def load_index_model(info: ModelInfo, name: str | None, single_image: bool = Fal
     check_version(info)
     if name in MODEL_NAMES and info.name in MODEL_NAMES and name != info.name:
         check_compatible(info, ModelInfo(name))  # raises, before anything is downloaded
-    try:
-        model = load_model(name or path_from_text(info.name), single_image)
-    except UsageError as error:
-        if name or info.name in MODEL_NAMES:
-            raise
+    recorded = path_from_text(info.name)
+    if not name and info.name not in MODEL_NAMES and not os.path.isfile(recorded):
         raise UsageError(
             f"The index was made with the model {quote_path(info.name)}, which is not there any more: use --model FILE"
             " to say where it is now."
-        ) from error
+        )
+    model = load_model(name or recorded, single_image)
     check_compatible(info, model.info)
     return model
 

@@ -81,9 +81,8 @@ def _prepared_model_path(path: Path, sha256: str) -> Path | None:
 
 
 def _write_probe(path: Path) -> None:
-    from imagesearch.models.int8 import (
-        write_probe,  # late: onnx takes a quarter of a second to import, and is needed once
-    )
+    # Late: onnx takes a quarter of a second to import, and is needed once.
+    from imagesearch.models.int8 import write_probe
 
     with atomic_write(path) as temporary:
         write_probe(temporary, PROBE_WEIGHTS)
