@@ -5,44 +5,29 @@ from imagesearch.start import exit_on_signals, run  # first: Ctrl-C and missing 
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 
 from imagesearch.arguments import parse_create_arguments
 from imagesearch.console import say
-from imagesearch.embed import embed_images
+from imagesearch.embed import Embedder, UnreadableError
 from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.index import WritableIndex, open_writable_index
+from imagesearch.files import raise_open_file_limit
+from imagesearch.gone import Listing
+from imagesearch.index import Index, open_index
 from imagesearch.index.connection import get_connection
-from imagesearch.models import Model, check_compatible, load_index_model, load_model
-from imagesearch.parallel import batch_until_error, call_on_thread, map_buffered
-from imagesearch.paths import index_folder, path_to_text, quote_path
-from imagesearch.progress import Progress
-from imagesearch.records import BATCH_SIZE, Candidate, ImageFile, IndexMetadata, Part, Skipped, Unreadable, document_id
+from imagesearch.locations import path_to_text, quote_path
+from imagesearch.models import MODEL_NAMES, Model, check_compatible, load_index_model, load_model
+from imagesearch.parallel import available_cpus, batch_until_error, call_on_thread, make_chunks, map_buffered
+from imagesearch.progress import NoReport, Progress
+from imagesearch.records import BATCH_SIZE, Document, ImageFile, IndexMetadata, Part, Unreadable, document_id
 from imagesearch.sources import Source, open_source
 
-GONE_CHECKS = 64  # files or objects that are looked at once more at the same time
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a run has found: images by the first 8 bytes of their ``_id``, and the names of what it could not read."""
-
-    ids: set[int] = field(default_factory=set)
-    unreadable: set[str] = field(default_factory=set)
-
-    def covers(self, file_path: str) -> bool:
-        """Returns True if an image was found, or may be below a folder that could not be read."""
-        folders = (file_path[:end] for end, character in enumerate(file_path) if character == "/")
-        return _short_id(document_id(file_path)) in self.ids or any(
-            path in self.unreadable for path in (file_path, *folders)
-        )
-
-
-def _short_id(id_: str) -> int:
-    return int(id_[:16], 16)
+MORE_WORKERS = 4  # than CPUs: they open images and write documents while others embed
+MAX_BUFFERED_BYTES = 256_000_000  # of the contents that all workers keep in memory together
 
 
 def main() -> int:
@@ -54,139 +39,151 @@ def main() -> int:
 
 def index_images(arguments: argparse.Namespace, progress: Progress) -> int:
     """Brings the index up to date with the source; returns the exit code."""
-    connection = get_connection(arguments.insecure)
-    with open_writable_index(arguments.index, connection, arguments.db, arguments.index_type) as index:
-        metadata = index.get_metadata()
-        base = index_folder(metadata.folder if metadata else None)
-        if metadata and path_to_text(base) != metadata.folder:
-            say(f"{quote_path(metadata.folder)}, where the index was made, is not here: ./ is now {quote_path(base)}.")
-        source = open_source(arguments.images, base)
-        listing = list_source(source, may_be_empty=arguments.prune_all and metadata is not None)
-        metadata, model = prepare_index(index, metadata, arguments)
-        index.refresh()  # what an interrupted run has written is not embedded again
-        found = Found()
-        progress.start(f"; index {arguments.index}, {metadata.model.description}", count_images(source, arguments.part))
+    connection, part = get_connection(arguments.insecure), arguments.part
+    with open_index(
+        arguments.index, connection, arguments.db, index_type=arguments.index_type, retry_minutes=True
+    ) as index:
+        source = open_source(arguments.images, index.base)
+        listing = list_images(source, progress, may_be_empty=arguments.prune_all and index.metadata is not None)
+        model = prepare_index(index, arguments)
+        counted = (image for image in source.find_images(NoReport()) if part.contains(image.id))
+        progress.start(f"; index {arguments.index}, {model.info.description}", counted)
         with progress:
-            images = find_images(listing, arguments.part, found, progress)
-            candidates = find_changed(images, index, progress)
-            with closing(embed_images(candidates, source, model, index, progress)) as documents:
-                for document in index.write(documents):
-                    progress.count_written(document)
+            images = (image for image in listing if part.contains(image.id))
+            index_images_in_chunks(find_changed(images, index, progress), source, index, model, progress)
             index.refresh()
-            gone = find_gone(source, index, arguments.part, found)
             if arguments.prune:
-                delete(gone, source, index, progress, arguments.prune_all)
-        is_whole = not arguments.prune and arguments.part.count == 1
-        if is_whole and index.count_below(source.name) > progress.stored and (number := sum(1 for _ in gone)):
-            say(f"Documents without an image: {number:,}; --prune deletes them.")
+                prune(source, index, part, progress, arguments.prune_all)
+        if not arguments.prune and part.count == 1:
+            say_gone(source, index, progress)
     if progress.unreadable:
         say("Some images cannot be read. Fix or move them, or leave them: the others are indexed.")
     return int(progress.unreadable > 0)
 
 
-def list_source(source: Source, may_be_empty: bool) -> Iterator[ImageFile | Skipped | Unreadable]:
-    """Returns what is in the source. Raises UsageError if there are no images, before an index is made for them."""
-    listing = source.find_images()
-    first: list[ImageFile | Skipped | Unreadable] = []
-    for item in listing:
-        first.append(item)
-        if isinstance(item, ImageFile):
-            break
-    else:
-        if not may_be_empty:
-            for item in first:
-                if isinstance(item, Unreadable):
-                    say(f"Cannot read {quote_path(item.name)}: {item.reason}")
-            raise UsageError(
-                f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their"
-                " folder."
-            )
-    return itertools.chain(first, listing)
+def list_images(source: Source, progress: Progress, may_be_empty: bool) -> Iterator[ImageFile]:
+    """Returns the images in the source. Raises UsageError if there are none, before an index is made for them."""
+    images = source.find_images(progress)
+    first = list(itertools.islice(images, 1))
+    if not first and not may_be_empty:
+        raise UsageError(
+            f"There are no images below {quote_path(source.name)}. Put some there, or use --images with their folder."
+        )
+    return itertools.chain(first, images)
 
 
-def prepare_index(
-    index: WritableIndex, metadata: IndexMetadata | None, arguments: argparse.Namespace
-) -> tuple[IndexMetadata, Model]:
-    """Returns the index's metadata and model; creates the index if there is none, and says which are used.
+def prepare_index(index: Index, arguments: argparse.Namespace) -> Model:
+    """Returns the index's model; creates the index if there is none, and says which are used.
 
     Raises ImageSearchError if ``--model`` is not the index's model, or another run creates or deletes the index now.
     """
-    if metadata:
-        model = load_index_model(metadata.model, arguments.model)
+    if index.metadata:
+        recorded = index.metadata
+        model = load_index_model(recorded.model, arguments.model)
+        if path_to_text(index.base) != recorded.base:
+            base = quote_path(index.base)
+            say(f"{quote_path(recorded.base)}, where the index was made, is not here: ./ is now {base}.")
+        if recorded.model.name not in (*MODEL_NAMES, model.info.name):
+            with suppress(ImageSearchError):  # of an API key that may not: then search.py needs --model, too
+                index.record_model(model.info)
+        index.refresh()  # what an interrupted run has written is not embedded again
     else:
         model = load_model(arguments.model or "clip")
-        metadata = IndexMetadata(model.info, path_to_text(index_folder(None)))
-        index.create(metadata)
-        created = index.get_metadata()
-        if created is None:
+        wanted = IndexMetadata(model.info, path_to_text(index.base))
+        index.create(wanted)
+        if index.metadata is None:
             raise ImageSearchError("The index was deleted as soon as it was created. Run the command again.")
-        check_compatible(created.model, model.info)
-        if created.folder != metadata.folder:
+        check_compatible(index.metadata.model, model.info)
+        if index.metadata.base != wanted.base:
             raise ImageSearchError("Another run has just created the index in another folder. Run the command again.")
-    say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
-    return metadata, model
+    say(f"Index {arguments.index} in {index.location}, made with {model.info.description}.")
+    return model
 
 
-def count_images(source: Source, part: Part) -> Iterator[object]:
-    """Yields each image of the part, for the progress to count them."""
-    return (item for item in source.find_images() if isinstance(item, ImageFile) and part.contains(item.id))
-
-
-def find_images(
-    listing: Iterator[ImageFile | Skipped | Unreadable], part: Part, found: Found, progress: Progress
-) -> Iterator[ImageFile]:
-    """Yields the images that are in this part, and remembers them; counts what else is listed."""
-    for item in listing:
-        if isinstance(item, Skipped):
-            progress.count_skipped(item)
-        elif isinstance(item, Unreadable):
-            progress.count_unreadable(item)
-            found.unreadable.add(item.name)
-        elif part.contains(item.id):
-            found.ids.add(_short_id(item.id))
-            yield item
-
-
-def find_changed(images: Iterator[ImageFile], index: WritableIndex, progress: Progress) -> Iterator[Candidate]:
-    """Yields new and changed images."""
+def find_changed(images: Iterator[ImageFile], index: Index, progress: Progress) -> Iterator[ImageFile]:
+    """Yields new and changed images, with what the index holds of them."""
     for batch in batch_until_error(images, BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
         for image in batch:
             known = indexed.get(image.id)
-            if known and known.matches(image):
+            if known is None:
+                yield image
+            elif known.matches(image):
                 progress.count_unchanged()
             else:
-                yield Candidate(image, known)
+                yield replace(image, indexed=known)
 
 
-def find_gone(source: Source, index: WritableIndex, part: Part, found: Found) -> Iterator[str]:
-    """Yields the `file_path` of each document below the source that has no image.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a chunk of images: the documents that are stored now, and the images that cannot be read."""
 
-    These are the ones that this run has not found, and that are not there when each is looked at once more: another run
-    may have added them.
-    """
-    paths = (path for path in index.list_paths(source.name) if part.contains(document_id(path)))
-    missing = (path for path in paths if not found.covers(path))
-    with ThreadPoolExecutor(GONE_CHECKS) as pool:
-        checked = map_buffered(pool, lambda path: (path, source.exists(path)), missing, 2 * GONE_CHECKS)
-        yield from (path for path, exists in checked if not exists)
+    stored: list[Document]
+    unreadable: list[Unreadable]
 
 
-def delete(gone: Iterator[str], source: Source, index: WritableIndex, progress: Progress, is_forced: bool) -> None:
+def index_images_in_chunks(
+    images: Iterator[ImageFile], source: Source, index: Index, model: Model, progress: Progress
+) -> None:
+    """Embeds and writes images on all CPUs, some together, and counts them."""
+    embedder, cpus = Embedder(lambda: model), available_cpus()
+    workers = cpus + MORE_WORKERS
+    size = max(1, min(model.chunk_size, raise_open_file_limit() // 2 // workers))
+    chunks = make_chunks(images, size, cpus, source.buffered_bytes, MAX_BUFFERED_BYTES // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        index_one = partial(index_chunk, source=source, index=index, embedder=embedder, progress=progress)
+        for outcome in map_buffered(pool, index_one, chunks, workers + cpus):
+            for document in outcome.stored:
+                progress.count_stored(document)
+            for unreadable in outcome.unreadable:
+                progress.count_unreadable(unreadable.name, unreadable.reason)
+
+
+def index_chunk(
+    images: Sequence[ImageFile], source: Source, index: Index, embedder: Embedder, progress: Progress
+) -> Outcome:
+    """Opens, embeds and writes some images; on a worker, from start to end."""
+    documents: list[Document] = []
+    with source.open_images(images) as (opened, unreadable):
+        progress.advance(len(unreadable))
+        known = index.find_embeddings([content.sha256 for content in opened if not content.is_indexed])
+        with embedder.cpu_slots:
+            for content in opened:
+                if content.is_indexed:  # only its size or time has changed
+                    documents.append(Document(content.image, content.sha256, None))
+                else:
+                    try:
+                        documents.append(Document(content.image, content.sha256, *embedder.embed(content, known)))
+                    except UnreadableError as error:
+                        unreadable.append(Unreadable(content.image.file_path, str(error)))
+                progress.advance(1)
+    return Outcome(index.write(documents), unreadable)
+
+
+def prune(source: Source, index: Index, part: Part, progress: Progress, is_forced: bool) -> None:
     """Deletes the documents of images that are gone.
 
-    Raises UsageError, unless it `is_forced`, if this run knew none of the images it found, by their names or by their
-    contents: an unmounted disk, or another folder of the same name, looks the same.
+    Raises UsageError, unless it `is_forced`, if these are more than there are images: an unmounted disk looks the same.
     """
-    is_known = progress.unchanged + progress.updated + progress.copied_from_index > 0
-    for batch in batch_until_error(gone, BATCH_SIZE):
-        if not is_known and not is_forced:
-            raise UsageError(
-                f"--prune would delete all other documents below {quote_path(source.name)}: their files are gone, and"
-                " none of the images found now was indexed before. If that is intended, use --prune-all."
-            )
+    listing = Listing(source, part)
+    number = sum(1 for _ in listing.find_gone(index))  # not kept: there may be millions
+    if number > listing.number_of_images and not is_forced:
+        raise UsageError(
+            f"--prune would delete {number:,} documents below {quote_path(source.name)}, where there are"
+            f" {listing.number_of_images:,} images: a disk that is not mounted looks the same. If that is intended, use"
+            " --prune-all."
+        )
+    for batch in batch_until_error(listing.find_gone(index), BATCH_SIZE):
         progress.deleted += index.delete([document_id(path) for path in batch])
     index.refresh()
+
+
+def say_gone(source: Source, index: Index, progress: Progress) -> None:
+    """Says how many documents have no image, if there are any."""
+    if index.count_below(source.name) > progress.stored:
+        number = sum(1 for _ in Listing(source, Part()).find_gone(index))
+        if number:
+            say(f"Documents without an image: {number:,}; --prune deletes them.")
 
 
 if __name__ == "__main__":

@@ -6,90 +6,78 @@ from imagesearch.start import run  # first: Ctrl-C and missing dependencies, bef
 import argparse
 import difflib
 import json
-import os
 import sys
 import unicodedata
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from imagesearch.arguments import parse_search_arguments
 from imagesearch.console import say, write_line
-from imagesearch.embed import EmbeddedQuery, embed_queries
-from imagesearch.errors import ImageSearchError, UsageError
+from imagesearch.embed import Embedder, UnreadableError
+from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.files import raise_open_file_limit
 from imagesearch.index import Index, open_index
 from imagesearch.index.connection import get_connection
+from imagesearch.locations import kind_of, quote_path
 from imagesearch.models import Model, check_version, load_index_model
-from imagesearch.parallel import map_buffered
-from imagesearch.paths import BUCKET_URL, index_folder, quote_path
-from imagesearch.records import IndexMetadata, ModelInfo, Search, Unreadable, document_id
-from imagesearch.sources import find_queries
+from imagesearch.parallel import batch_until_error, make_chunks, map_buffered
+from imagesearch.queries import Query, find_queries, open_query
+from imagesearch.records import BATCH_SIZE, Embedding, ModelInfo, OpenedImage, Search
 
 if TYPE_CHECKING:
     from imagesearch.results_page import Page
 
 CLASSES_SHOWN = 10
+WORKERS = 16  # most of a download is waiting
+MAX_OPENED_AT_ONCE = 16  # by a worker
+MAX_HITS_AT_ONCE = 20_000  # of a worker's searches together
 
-
-@dataclass(frozen=True)
-class Result:
-    """Elasticsearch's response to a query, or an error in the same form; `image` is the query's name."""
-
-    image: str
-    response: dict[str, Any]
+# C1 controls and DEL, and those that change the direction of the text after them.
+CONTROL_CHARACTERS = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def main() -> int:
     arguments = parse_search_arguments(__doc__)
-    code = 0
+    is_complete = True
     with open_index(arguments.index, get_connection(arguments.insecure), arguments.db) as index:
-        metadata = get_metadata(index, arguments)
-        page = open_page(metadata, arguments) if arguments.html is not None else None
-        queries = find_queries(arguments.image, index_folder(metadata.folder))
-        if page:
-            queries = page.keep_previews(queries)
-        embedded = embed_queries(queries, index, model_loader(metadata.model, arguments))
-        with closing(embedded), closing(search_all(embedded, index, arguments)) as results:  # before the index
-            for result in with_count(results, arguments):
-                write_line(json.dumps({"image": result.image, **result.response}, ensure_ascii=False))
-                code |= say_result(result, arguments)
+        model = model_loader(check_index(index, arguments), arguments)
+        page = open_page(index, arguments) if arguments.html is not None else None
+        queries = find_queries(arguments.image, index.base)
+        with closing(search_all(queries, index, Embedder(model), page, arguments)) as results:  # before the index
+            for result in with_bar(check_hits(results, index, arguments), index, arguments):
+                write_line(json_line(result))
+                say_result(result, arguments)
                 if page:
-                    page.add(result.image, result.response)
+                    page.add(result.query, result.response, leave_out_empty=arguments.min_score is not None)
+                is_complete &= result.is_complete
         if page and page.write():
             say(f"The page of results is {quote_path(str(arguments.html))}.")
-    return code
+    return 0 if is_complete else 1
 
 
-def get_metadata(index: Index, arguments: argparse.Namespace) -> IndexMetadata:
-    """Returns what the index records about itself. Raises UsageError if there is no such index."""
-    if metadata := index.get_metadata():
-        check_version(metadata.model)
+def check_index(index: Index, arguments: argparse.Namespace) -> ModelInfo:
+    """Returns the model that made the index. Raises UsageError if there is no such index."""
+    if index.metadata:
+        model = index.metadata.model
+        check_version(model)
         if sys.stderr.isatty():
-            say(f"Index {arguments.index} in {index.location}, made with {metadata.model.description}.")
-        return metadata
-    others = ", ".join(f"{name} ({model})" for name, model in index.list_indexes().items())
+            say(f"Index {arguments.index} in {index.location}, made with {model.description}.")
+        return model
+    others = index.list_indexes()
     if others:
+        option = "--db with its file" if arguments.is_db_given else "--index"
+        names = ", ".join(f"{name} ({model})" for name, model in others.items())
         raise UsageError(
-            f"There is no index {arguments.index} in {index.location}, but there are: {others}. Use --index."
+            f"There is no index {arguments.index} in {index.location}, but there are: {names}. Use {option}."
         )
     raise UsageError(f"There is no index {arguments.index} in {index.location}: make it with create.py.")
-
-
-def open_page(metadata: IndexMetadata, arguments: argparse.Namespace) -> "Page":
-    """Returns the page that ``--html`` asks for."""
-    from imagesearch.results_page import Page, check_page_path  # late, to save time without --html
-
-    limits = [] if arguments.desc is None else [f" of class {arguments.desc}"]
-    limits += [] if arguments.min_score is None else [f" with a score of at least {arguments.min_score:g}"]
-    return Page(check_page_path(arguments.html, arguments.image), arguments.index, metadata, "".join(limits))
-
-
-def is_many(arguments: argparse.Namespace) -> bool:
-    """Returns True if the command line names several images to search for, or a folder or bucket of them."""
-    (first, *others) = arguments.image
-    return bool(others) or os.path.isdir(first) or bool(BUCKET_URL.match(first))
 
 
 def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[], Model]:
@@ -104,45 +92,130 @@ def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[],
     return lambda: model
 
 
+def is_many(arguments: argparse.Namespace) -> bool:
+    """Returns True if the command line names several images to search for, or a folder or bucket of them."""
+    first, *others = arguments.image
+    return bool(others) or kind_of(first) in ("folder", "bucket")
+
+
+def open_page(index: Index, arguments: argparse.Namespace) -> "Page":
+    """Returns the page that ``--html`` asks for."""
+    from imagesearch.results_page import Page, check_page_path  # late, to save time without --html
+
+    assert index.metadata
+    path = check_page_path(arguments.html, arguments.image)
+    description = f"Index {arguments.index}, made with {index.metadata.model.description}"
+    limits = "" if arguments.desc is None else f" of class {arguments.desc}"
+    limits += "" if arguments.min_score is None else f" with a score of at least {arguments.min_score:g}"
+    named = [text for text in (*arguments.image, arguments.images or "") if kind_of(text) == "bucket"]
+    return Page(path, index.base, description, limits, ["/".join(text.split("/")[:3]) for text in named])
+
+
+@dataclass(frozen=True)
+class Result:
+    """Elasticsearch's response to a query, or an error in the same form."""
+
+    query: Query
+    response: dict[str, Any]
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the query could be read and all shards have answered."""
+        response = self.response
+        return "hits" in response and not response["_shards"]["failed"] and not response["timed_out"]
+
+
 def search_all(
-    queries: Iterable[EmbeddedQuery], index: Index, arguments: argparse.Namespace
+    queries: Iterator[Query], index: Index, embedder: Embedder, page: "Page | None", arguments: argparse.Namespace
 ) -> Generator[Result, None, None]:
-    """Yields the result of each query, in order; several searches are under way at a time."""
+    """Yields the result of each query, in order; many are opened, embedded and searched for together."""
+    size = max(1, min(index.searches_at_once, MAX_HITS_AT_ONCE // arguments.k))
+    opened_at_once = max(1, min(MAX_OPENED_AT_ONCE, raise_open_file_limit() // 2 // WORKERS))
 
-    def search(query: EmbeddedQuery) -> Result:
-        if isinstance(query.embedded, Unreadable):
-            name = "standard input" if query.name == "-" else quote_path(query.name)
-            reason = f"Cannot read {name}: {query.embedded.reason}"
-            return Result(query.name, {"error": {"type": "image_error", "reason": reason}, "status": 400})
-        excluded = document_id(query.file_path) if arguments.exclude_self and query.file_path else None
-        embedding = query.embedded.embedding
-        return Result(
-            query.name, index.search(Search(embedding, arguments.k, arguments.desc, arguments.min_score, excluded))
-        )
+    def weight(query: Query) -> int:
+        # A chunk of its own: two that hold some in memory, and wait for room, would wait for each other.
+        is_remote = kind_of(query.image.location) in ("web", "bucket")
+        return 0 if query.sha256 else opened_at_once if is_remote else 1
 
-    with ThreadPoolExecutor(index.max_searches) as pool:
-        is_checked = False
-        for result in map_buffered(pool, search, queries, 2 * index.max_searches):
-            if not is_checked and is_complete(result) and not result.response["hits"]["hits"]:
-                check_hits_are_possible(index, arguments)
-                is_checked = True
-            yield result
+    chunks = make_chunks(look_up(queries, index), size, 0, weight, opened_at_once)
+    search_one = partial(search_chunk, index=index, embedder=embedder, page=page, arguments=arguments)
+    with ThreadPoolExecutor(WORKERS) as pool, closing(map_buffered(pool, search_one, chunks, WORKERS)) as outcomes:
+        for results in outcomes:
+            yield from results
 
 
-def with_count(results: Iterable[Result], arguments: argparse.Namespace) -> Iterable[Result]:
-    """Returns the results; shows how many are done, if only stderr is a terminal and there may be many."""
+def look_up(queries: Iterator[Query], index: Index) -> Iterator[Query]:
+    """Yields the queries; with the hash of their content, if they are listed and as the index knows them."""
+    for batch in batch_until_error(queries, BATCH_SIZE):
+        indexed = index.get_file_metadata([query.image.id for query in batch if query.is_listed])
+        for query in batch:
+            known = indexed.get(query.image.id)
+            is_unchanged = known is not None and known.matches(query.image)
+            yield replace(query, sha256=known.sha256) if known and is_unchanged else query
+
+
+def search_chunk(
+    queries: Sequence[Query], index: Index, embedder: Embedder, page: "Page | None", arguments: argparse.Namespace
+) -> list[Result]:
+    """Opens, embeds and searches for some images; on a worker, from start to end."""
+    known = index.find_embeddings([query.sha256 for query in queries if query.sha256])
+    embeddings = {query: known[query.sha256] for query in queries if query.sha256 in known}
+    problems = {query: query.problem for query in queries if query.problem}
+    with ExitStack() as stack:
+        opened: dict[Query, OpenedImage] = {}
+        for query in queries:
+            if query not in embeddings and query not in problems:
+                try:
+                    opened[query] = stack.enter_context(open_query(query.image))
+                except (OSError, ValueError, ImageSearchError) as error:
+                    problems[query] = describe_error(error).rstrip(".")
+        known = index.find_embeddings([content.sha256 for content in opened.values()])
+        with embedder.cpu_slots:
+            for query, content in opened.items():
+                try:
+                    embeddings[query], _ = embedder.embed(content, known)
+                    if page:
+                        page.keep_preview(query, content)
+                except UnreadableError as error:
+                    problems[query] = str(error)
+    searches = [to_search(query, embedding, arguments) for query, embedding in embeddings.items()]
+    responses = dict(zip(embeddings, index.search(searches) if searches else [], strict=True))
+    return [Result(query, responses.get(query) or to_error(query, problems[query])) for query in queries]
+
+
+def to_search(query: Query, embedding: Embedding, arguments: argparse.Namespace) -> Search:
+    """Returns what the index is asked for a query."""
+    excluded_id = query.image.id if arguments.exclude_self and query.image.file_path else None
+    return Search(embedding, arguments.k, arguments.desc, arguments.min_score, excluded_id)
+
+
+def to_error(query: Query, problem: str) -> dict[str, Any]:
+    """Returns the response to a query that cannot be read, in the form of Elasticsearch's errors."""
+    name = "standard input" if query.name == "-" else quote_path(query.name)
+    return {"error": {"type": "image_error", "reason": f"Cannot read {name}: {problem}"}, "status": 400}
+
+
+def with_bar(results: Iterator[Result], index: Index, arguments: argparse.Namespace) -> Iterator[Result]:
+    """Yields the results; on a terminal, if there are many, shows how many are done and the time left."""
     if not is_many(arguments) or sys.stdout.isatty() or not sys.stderr.isatty():
-        return results
-    from tqdm import tqdm  # late: it takes some 30 ms
+        yield from results
+        return
+    from imagesearch.progress import open_bar  # late: it takes some 30 ms
 
-    bar: Iterable[Result] = tqdm(results, unit=" images", leave=False, delay=1)
-    return bar
+    with open_bar(find_queries(arguments.image, index.base)) as bar:
+        for result in results:
+            yield result
+            bar.update(1)
 
 
-def is_complete(result: Result) -> bool:
-    """Returns True if the query could be read and all shards have answered."""
-    response = result.response
-    return "hits" in response and not response["_shards"]["failed"] and not response["timed_out"]
+def check_hits(results: Iterator[Result], index: Index, arguments: argparse.Namespace) -> Iterator[Result]:
+    """Yields the results; at the first one without a hit, checks that there can be any."""
+    is_checked = False
+    for result in results:
+        if not is_checked and result.is_complete and not result.response["hits"]["hits"]:
+            check_hits_are_possible(index, arguments)
+            is_checked = True
+        yield result
 
 
 def check_hits_are_possible(index: Index, arguments: argparse.Namespace) -> None:
@@ -169,21 +242,26 @@ def comparable(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def say_result(result: Result, arguments: argparse.Namespace) -> int:
-    """Tells the user what the JSON does not show at a glance; returns 1 if the query was not answered in full."""
+def json_line(result: Result) -> str:
+    """Returns a result as JSON, in which no character controls a terminal."""
+    line = json.dumps({"image": result.query.name, **result.response}, ensure_ascii=False)
+    return line.translate(CONTROL_CHARACTERS)
+
+
+def say_result(result: Result, arguments: argparse.Namespace) -> None:
+    """Tells the user what the JSON does not show at a glance."""
     if "error" in result.response:
         if not sys.stdout.isatty():  # which shows it already
             say(result.response["error"]["reason"])
-        return 1
+        return
     if sys.stdout.isatty():
         if is_many(arguments):
-            say(f"{quote_path(result.image)}:")
+            say(f"{quote_path(result.query.name)}:")
         for hit in result.response["hits"]["hits"]:
             fields = hit["fields"]
             say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
-    if not is_complete(result):
+    if not result.is_complete:
         say("Warning: some shards failed or timed out; there may be nearer images.")
-    return 0 if is_complete(result) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from imagesearch.errors import UsageError
 from imagesearch.index import INDEX_TYPES
 from imagesearch.index.connection import uses_elasticsearch
-from imagesearch.paths import local_path, path_to_text, quote_path
+from imagesearch.locations import path_argument, path_to_text, quote_path
 from imagesearch.records import MAX_K, Part
 
 DEFAULT_INDEX = "images"
@@ -54,8 +54,7 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         metavar="DIR|URL",
-        type=local_path,
-        action=StoreOnce,
+        type=path_argument,
         default="images",
         help="a folder, or a bucket as s3://bucket/folder, gs://… or az://… (default: images)",
     )
@@ -68,8 +67,8 @@ def parse_create_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="also delete the documents of files below DIR that no longer exist; refused if the run knows none of the"
-        " images that it finds, as with an unmounted disk; see --prune-all",
+        help="also delete the documents of files below DIR that no longer exist; refused if these are more than the"
+        " images there, as with an unmounted disk; see --prune-all",
     )
     parser.add_argument("--prune-all", action="store_true", help="like --prune, but never refused")
     parser.add_argument(
@@ -108,23 +107,28 @@ def parse_search_arguments(description: str | None) -> argparse.Namespace:
         "image",
         metavar="IMAGE",
         nargs="*",
-        type=local_path,
+        type=path_argument,
         help="the image to search for: a file, an http(s)://, s3://, gs:// or az:// URL, or - for standard input; a"
         " folder, or a bucket's s3://bucket/folder, stands for each image below it",
     )
     parser.add_argument("-k", metavar="N", type=number_of_images, default=1, help="how many images (default: 1)")
     parser.add_argument("--desc", metavar="NAME", type=path_to_text, help="only images of this class (their folder)")
-    parser.add_argument("--min-score", metavar="S", type=score, help="only images that score at least S, from 0 to 1")
+    parser.add_argument(
+        "--min-score", metavar="S", type=score, help="of the N nearest, only those that score at least S, from 0 to 1"
+    )
     parser.add_argument(
         "--exclude-self", action="store_true", help="leave out the image itself, if it is indexed; not copies of it"
     )
     parser.add_argument("--html", metavar="FILE", help="also write the results as an HTML page")
+    parser.add_argument(
+        "--images", metavar="URL", help="with --html: the bucket whose images the page may show, if IMAGE is not in it"
+    )
     parser.add_argument("--model", metavar="FILE", help="where the index's ONNX model is now, if it was moved")
     parser.add_index_options()
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)  # parse_intermixed_args would read options after it
     arguments = parser.parse_intermixed_args(words[:end])
-    arguments.image += map(local_path, words[end + 1 :])
+    arguments.image += map(path_argument, words[end + 1 :])
     if not arguments.image:
         parser.error("the following arguments are required: IMAGE")
     if arguments.image.count("-") > 1:
@@ -187,6 +191,7 @@ class Parser(argparse.ArgumentParser):
             self.error("ES_URL is set, and --db names a local index file: unset ES_URL, or leave out --db")
         if arguments.db and arguments.index:
             self.error("--index and --db both name the index: use one of the two")
+        arguments.is_db_given = arguments.db is not None
         arguments.index = arguments.index or (arguments.db.stem if arguments.db else DEFAULT_INDEX)
         arguments.db = arguments.db or Path(f"{arguments.index}.db")
 
@@ -194,22 +199,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
-class StoreOnce(argparse.Action):
-    """Stores an option's value, and refuses the option if it is given twice."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        given: set[str] = getattr(namespace, "given", set())
-        if self.dest in given:
-            parser.error(f"argument {option_string}: given more than once; run the script once for each")
-        namespace.given = given | {self.dest}
-        setattr(namespace, self.dest, values)
-
-
 def index_name(text: str) -> str:
     """Returns a name that Elasticsearch accepts for an index; the local file has the same rules.
 
     https://www.elastic.co/docs/api/doc/elasticsearch/operation/operation-indices-create
     """
+    if text.endswith(".db"):
+        raise argparse.ArgumentTypeError(f"names an index, without .db; for a file, use --db {quote_path(text)}")
     forbidden = set(' \\/*?"<>|,#:') & set(text)
     if not text or forbidden or text != text.lower() or text[0] in "-_+." or len(text.encode()) > 255:
         raise argparse.ArgumentTypeError(

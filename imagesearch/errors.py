@@ -13,6 +13,10 @@ class UsageError(ImageSearchError):
     exit_code = 2
 
 
+class OutputError(Exception):
+    """The results could not be written to stdout; the cause is an OSError."""
+
+
 def describe_error(error: BaseException) -> str:
     """Returns why something failed, in a few words on one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from imagesearch.parallel import MemoryLimit
 
@@ -17,10 +17,11 @@ warnings.filterwarnings("ignore", module="PIL")  # about flaws that do not keep 
 # The formats that Pillow decodes by itself, the commonest first: it imports the modules of all formats for the others.
 # Pillow identifies a file by its content, whatever its name, and would start Ghostscript for a PostScript file named
 # .jpg. EPS and WMF are left out, and BLP, ICNS and ICO, which embed files of other formats and sizes, and FITS, which
-# is decompressed in Python with 50 bytes a pixel.
+# is decompressed in Python with 50 bytes a pixel; and JPEG 2000, whose header does not tell the memory of its tiles and
+# components.
 FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF"),
-    *("CUR", "DCX", "DDS", "DIB", "FLI", "FTEX", "GBR", "IM", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX"),
+    *("CUR", "DCX", "DDS", "DIB", "FLI", "FTEX", "GBR", "IM", "MCIDAS", "MSP", "PCD", "PCX"),
     *("PIXAR", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
 )
 
@@ -37,7 +38,7 @@ MAX_SIDE = 65_535  # of a JPEG
 
 # At the peak of decoding and converting, measured with Pillow 13. A baseline JPEG is decoded at reduced scale; of a
 # progressive one, all coefficients are kept.
-BYTES_PER_PIXEL = {"JPEG": 1, "MPO": 1, "HEIF": 20, "WEBP": 17, "AVIF": 17, "JPEG2000": 25}
+BYTES_PER_PIXEL = {"JPEG": 1, "MPO": 1, "HEIF": 20, "WEBP": 17, "AVIF": 17}
 PROGRESSIVE_JPEG_BYTES_PER_PIXEL = 6
 OTHER_BYTES_PER_PIXEL = 12
 
@@ -55,6 +56,7 @@ _TRANSPOSE = {  # Exif 2.32, 4.6.4
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags and a value of TIFF 6.0
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 _decoding_memory = MemoryLimit(MAX_DECODING_BYTES)
 
@@ -94,7 +96,7 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise ValueError("not an image that Pillow can read") from None
     longest = max(image.size)
-    needed = image.width * image.height * _bytes_per_pixel(image)
+    needed = max(image.width * image.height, _tile_pixels(image)) * _bytes_per_pixel(image)
     if longest > MAX_SIDE or needed > MAX_DECODING_BYTES:
         megapixels = image.width * image.height / 1e6
         raise ValueError(f"{image.width}x{image.height} pixels of {image.format} ({megapixels:.0f} MP) are too many")
@@ -107,7 +109,13 @@ def open_rgb(stream: BinaryIO) -> Iterator[Image.Image]:
         yield rgb if transpose is None else rgb.transpose(transpose)
 
 
-def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
+def _tile_pixels(image: Image.Image) -> int:
+    """Returns the pixels of a TIFF's tile, which may be larger than the image; 0 if it has none."""
+    tags = getattr(image, "tag_v2", {})
+    return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
     if image.info.get("progressive"):
         return PROGRESSIVE_JPEG_BYTES_PER_PIXEL
     return BYTES_PER_PIXEL.get(image.format or "", OTHER_BYTES_PER_PIXEL)

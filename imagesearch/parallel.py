@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,9 @@ Item = TypeVar("Item")
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
+
+exit_lock = threading.Lock()
+"""Held while a file is written that must not be left half-written; a signal waits for it, a second at most."""
 
 
 def call_on_thread(function: Callable[[], T]) -> T:
@@ -37,21 +40,30 @@ def call_on_thread(function: Callable[[], T]) -> T:
 
 def map_buffered(
     executor: Executor, function: Callable[[Item], T], items: Iterable[Item], buffersize: int
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yields ``function(item)`` for each item, in order; at most `buffersize` calls are ahead of the consumer.
 
-    What `items` raises is raised after the results of the items before it. ``Executor.map`` has a `buffersize` of its
-    own from Python 3.14 on.
+    What a call or `items` raises is raised when the calls under way have ended, and their results have been yielded.
+    ``Executor.map`` has a `buffersize` of its own from Python 3.14 on.
     """
     pending: deque[Future[T]] = deque()
     errors: list[Exception] = []
+    iterator = _until_error(items, errors)
     try:
-        for item in _until_error(items, errors):
-            pending.append(executor.submit(function, item))
-            if len(pending) >= buffersize:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        while True:
+            pending.extend(
+                executor.submit(function, item) for item in itertools.islice(iterator, buffersize - len(pending))
+            )
+            if not pending:
+                break
+            try:
+                result = pending.popleft().result()
+            except Exception as error:
+                errors.append(error)
+                iterator = iter(())
+                pending = deque(future for future in pending if not future.cancel())
+                continue
+            yield result
     finally:  # the consumer may stop early
         for future in pending:
             future.cancel()
@@ -87,16 +99,17 @@ def make_chunks(
     """Yields lists of at most `size` items, for `workers` to share; if of several items, of at most `max_weight`.
 
     The last lists are smaller, so that all workers end at about the same time; to know when they begin, up to
-    2 * workers * size items are read ahead. What `items` raises is raised after the items before it.
+    2 * workers * size items are read ahead. With 0 workers they are not, and nothing is read ahead. What `items` raises
+    is raised after the items before it.
     """
     errors: list[Exception] = []
     iterator = _until_error(items, errors)
     ahead: deque[Item] = deque()
     while True:
-        ahead.extend(itertools.islice(iterator, 2 * workers * size - len(ahead)))
+        ahead.extend(itertools.islice(iterator, max(1, 2 * workers) * size - len(ahead)))
         if not ahead:
             break
-        count = max(1, min(size, len(ahead) // (2 * workers)))
+        count = max(1, min(size, len(ahead) // (2 * workers))) if workers else size
         chunk = [ahead.popleft()]
         total = weight(chunk[0])
         while ahead and len(chunk) < count and (total := total + weight(ahead[0])) <= max_weight:

@@ -11,8 +11,8 @@ from typing import Self
 from tqdm import tqdm
 
 from imagesearch.console import say
-from imagesearch.paths import quote_path
-from imagesearch.records import Document, MetadataUpdate, Skipped, Unreadable
+from imagesearch.locations import quote_path
+from imagesearch.records import Document
 
 UNREADABLE_SHOWN = 20  # on a terminal
 KINDS_SHOWN = 10  # of skipped files
@@ -20,12 +20,37 @@ LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a termina
 BAR_AFTER_SECONDS = 2  # so that its first rate is not that of one image
 
 
+def open_bar(images: Iterable[object]) -> tqdm:
+    """Returns a bar on stderr. How many `images` there are is counted on a thread of its own."""
+    bar = tqdm(unit=" images", delay=BAR_AFTER_SECONDS, dynamic_ncols=True, smoothing=0, miniters=1)
+
+    def count() -> None:
+        with contextlib.suppress(Exception):  # the run meets it, too
+            bar.total = sum(1 for _ in images)
+
+    threading.Thread(target=count, daemon=True).start()
+    return bar
+
+
+class NoReport:
+    """A `ListingReport` of a listing that is only counted."""
+
+    def count_skipped(self, kind: str) -> None:
+        """Does nothing."""
+
+    def count_unreadable(self, name: str, reason: str) -> None:
+        """Does nothing."""
+
+
 class Progress:
-    """Counts what happens to the images of a run, and shows it. `advance` is safe to use from several threads."""
+    """Counts what happens to the images of a run, and shows it; a `ListingReport`.
+
+    `advance` is safe to use from several threads.
+    """
 
     def __init__(self) -> None:
         self.new = self.updated = self.unchanged = self.deleted = self.unreadable = 0
-        self.copied = self.copied_from_index = 0  # of the new and updated ones
+        self.copied = 0  # of the new and updated ones
         self._is_terminal = sys.stderr.isatty()
         self._skipped = collections.Counter[str]()
         self._index = ""
@@ -36,15 +61,10 @@ class Progress:
         self._done = 0
 
     def start(self, index: str, images: Iterable[object]) -> None:
-        """Shows a bar if stderr is a terminal, and counts `images` for it on a thread. `index` ends the summary."""
+        """Shows a bar if stderr is a terminal; `images` are counted for it. `index` ends the summary."""
         self._index = index
         if self._is_terminal:
-            self._bar = tqdm(unit=" images", delay=BAR_AFTER_SECONDS, dynamic_ncols=True, smoothing=0, miniters=1)
-            threading.Thread(target=self._count, args=[images], daemon=True).start()
-
-    def _count(self, images: Iterable[object]) -> None:
-        with contextlib.suppress(Exception):  # the run meets it, too
-            self._bar.total = sum(1 for _ in images)
+            self._bar = open_bar(images)
 
     def __enter__(self) -> Self:
         return self
@@ -65,34 +85,34 @@ class Progress:
             self._next_line = time.monotonic() + LINE_INTERVAL_SECONDS
             say(f"{self._done:,} images done")
 
-    def count_skipped(self, skipped: Skipped) -> None:
+    def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image."""
-        self._skipped[skipped.kind] += 1
+        self._skipped[kind] += 1
 
-    def count_unreadable(self, unreadable: Unreadable) -> None:
+    def count_unreadable(self, name: str, reason: str) -> None:
         """Counts an image or a folder that cannot be read, and says why."""
         self.unreadable += 1
         if self.unreadable <= UNREADABLE_SHOWN or not self._is_terminal:
-            say(f"Cannot read {quote_path(unreadable.name)}: {unreadable.reason}")
+            say(f"Cannot read {quote_path(name)}: {reason}")
         elif self.unreadable == UNREADABLE_SHOWN + 1:
             say("More files cannot be read; to see all their names, use 2>log.txt.")
 
     def count_unchanged(self) -> None:
-        """Counts an unchanged image."""
+        """Counts an image whose size and time are unchanged."""
         self.unchanged += 1
         if self._is_terminal:
             self._bar.initial += 1  # no part of the rate, from which the time left is told
         self.advance(1)
 
-    def count_written(self, item: Document | MetadataUpdate) -> None:
+    def count_stored(self, document: Document) -> None:
         """Counts a document that is now in the index."""
-        if isinstance(item, MetadataUpdate):
+        if document.embedding is None:
             self.unchanged += 1
-            return
-        self.updated += item.is_update
-        self.new += not item.is_update
-        self.copied += bool(item.embedded.copied_from)
-        self.copied_from_index += item.embedded.copied_from == "index"
+        elif document.image.indexed:
+            self.updated += 1
+        else:
+            self.new += 1
+        self.copied += document.is_copy
 
     @property
     def stored(self) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal, Self
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +52,11 @@ class ModelInfo:
 class IndexMetadata:
     """What an index records about itself.
 
-    `folder` is the absolute folder that a `file_path` of ``./…`` is relative to, as text (`paths.path_to_text`).
+    `base` is the absolute folder that a `file_path` of ``./…`` is relative to, as text (`locations.path_to_text`).
     """
 
     model: ModelInfo
-    folder: str
+    base: str
 
 
 @dataclass(frozen=True)
@@ -72,42 +72,6 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFile:
-    """An image file as its source found it.
-
-    `location` is where the source reads it: an operating system path or an object's key. `file_path`
-    is its name in the index, `desc` the name of the folder it is in (its class). `size` is in bytes,
-    `mtime` in nanoseconds since 1970.
-    """
-
-    location: str
-    file_path: str
-    desc: str
-    size: int
-    mtime: int
-    id: str = field(init=False)
-    """The document's ``_id``."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "id", document_id(self.file_path))
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A file or folder that is not looked at; `kind` is its extension, or ``hidden`` and the like."""
-
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """An image, a folder or a query that cannot be read or embedded, and why; `name` is that in messages."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class FileMetadata:
     """What an index holds of a file: size in bytes, mtime in nanoseconds, SHA-256 of its content in hex."""
 
@@ -115,58 +79,82 @@ class FileMetadata:
     mtime: int
     sha256: str
 
-    def matches(self, image: ImageFile) -> bool:
+    def matches(self, image: "ImageFile") -> bool:
         """Returns True if the file's size and mtime are these, so that its content is taken to be unchanged."""
         return (self.size, self.mtime) == (image.size, image.mtime)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An image that may have to be embedded, with what the index holds of it, None for a new one."""
+class ImageFile:
+    """An image file as its source found it.
 
-    image: ImageFile
-    indexed: FileMetadata | None
+    `location` is where the source reads it: an operating system path or an object's key. `file_path`
+    is its name in the index, `desc` the name of the folder it is in (its class). `size` is in bytes,
+    `mtime` in nanoseconds since 1970. `indexed` is what the index holds of it, None if nothing or not looked up.
+    """
+
+    location: str
+    file_path: str
+    desc: str
+    size: int
+    mtime: int
+    indexed: FileMetadata | None = None
+    id: str = field(init=False)
+    """The document's ``_id``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", document_id(self.file_path))
+
+
+class ListingReport(Protocol):
+    """Who is told of what a listing leaves out."""
+
+    def count_skipped(self, kind: str) -> None:
+        """Counts a file or folder that is not looked at; `kind` is its extension, or ``hidden`` and the like."""
+
+    def count_unreadable(self, name: str, reason: str) -> None:
+        """Counts a file or folder that cannot be read, and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image that cannot be read or embedded, and why; `name` is that in messages."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """The content of a file, an object or a query, with its metadata as it was read.
+    """The content of an image file, with its size and mtime as it was read, and its SHA-256 in hex."""
 
-    `name` is that in messages, `size` is in bytes, `mtime` in nanoseconds since 1970, 0 if there is none,
-    `sha256` in hex.
-    """
-
-    name: str
+    image: ImageFile
     stream: BinaryIO
-    size: int
-    mtime: int
     sha256: str
 
+    @property
+    def is_indexed(self) -> bool:
+        """True if the index holds this content of the image."""
+        return self.image.indexed is not None and self.image.indexed.sha256 == self.sha256
+
     @classmethod
-    def from_memory(cls, name: str, content: bytes, mtime: int = 0) -> Self:
+    def from_memory(cls, image: ImageFile, content: bytes) -> Self:
         """Returns the image with this content."""
-        return cls(name, io.BytesIO(content), len(content), mtime, hashlib.sha256(content).hexdigest())
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """An image's embedding. `copied_from` says where it was known already: ``index``, this ``run``, or empty."""
-
-    embedding: Embedding
-    copied_from: Literal["", "index", "run"] = ""
+        return cls(image, io.BytesIO(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document to write: an image that is new, or whose content changed.
+    """A document to write.
 
-    `is_update` is True if it replaces a document.
+    `embedding` is None if the index holds this content of the image already: its size and mtime are written alone.
+    `is_copy` is True if the embedding was known, of an image with the same content.
     """
 
     image: ImageFile
     sha256: str
-    embedded: Embedded
-    is_update: bool = False
+    embedding: Embedding | None
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +170,3 @@ class Search:
     desc: str | None = None
     min_score: float | None = None
     excluded_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MetadataUpdate:
-    """An image whose size or mtime changed but whose content is what the index holds: its embedding stays."""
-
-    image: ImageFile

@@ -5,15 +5,19 @@ import signal
 if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # it is ignored in a background job
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback, from here on
 
+import contextlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from imagesearch.console import OutputError, say
-from imagesearch.errors import ImageSearchError, UsageError, describe_error
-from imagesearch.paths import quote_path
+from imagesearch.console import say
+from imagesearch.errors import ImageSearchError, OutputError, UsageError, describe_error
+from imagesearch.locations import quote_path
+from imagesearch.parallel import exit_lock
+
+MAX_EXIT_WAIT_SECONDS = 1
 
 
 def _open_standard_streams() -> None:
@@ -46,7 +50,9 @@ def run(main: Callable[[], int]) -> NoReturn:
             say(f"{program}: the results cannot be written: {describe_error(cause)}.")
             code = ImageSearchError.exit_code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)  # without waiting for threads, which may wait for a server that is away
 
 
 def exit_on_signals(say_goodbye: Callable[[], None]) -> None:
@@ -58,6 +64,7 @@ def exit_on_signals(say_goodbye: Callable[[], None]) -> None:
 
     def stop(number: int, _frame: object) -> None:
         say_goodbye()
+        exit_lock.acquire(timeout=MAX_EXIT_WAIT_SECONDS)  # or SQLite's journal would stay, for a later file to meet
         os._exit(128 + number)  # without waiting for threads; what is stored is stored
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -18,8 +18,8 @@ import PIL
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
 LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec"]
 LIBRARIES += ["jinja2", "tqdm", *(f"PIL.{plugin}" for plugin in PIL._plugins)]
-MODULES = ["arguments", "embed", "progress", "results_page", "sources.bucket", "sources.folder", "sources.web"]
-MODULES += ["index.elasticsearch_writer", "index.sqlite", "models.clip", "models.int8"]
+MODULES = ["arguments", "gone", "progress", "queries", "results_page", "sources.bucket", "sources.folder"]
+MODULES += ["sources.web", "index.elasticsearch", "index.sqlite", "models.clip", "models.int8"]
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as imagesearch/start.py does, before numpy is imported
 

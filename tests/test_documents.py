@@ -147,7 +147,7 @@ def test_its_terraform_outputs_exist() -> None:
 
 COLORS = {"Cardinal": (200, 30, 40), "Bluebird": (40, 80, 200), "Goldfinch": (220, 190, 30)}
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
-DUPLICATES, _, WRONG_FOLDERS, SHARE, COMPARISON, _ = blocks(RECIPES)
+NEAREST, GROUPS, GROUPS_PAGE, WRONG_FOLDERS, SHARE, COMPARISON, _ = blocks(RECIPES)
 LOCAL, ELASTIC, CLUSTERS = blocks(RECIPES, "python")
 
 
@@ -189,14 +189,20 @@ def planted(project: Scripts) -> tuple[Scripts, set[str], set[str]]:
 def test_the_recipes_find_what_was_planted(planted: tuple[Scripts, set[str], set[str]]) -> None:
     project, groups, wrong = planted
     # The score that the recipe tells to look for: of these pictures, by this model, the copies are above it.
-    assert set(run(project, DUPLICATES.replace("0.98", "0.9995")).splitlines()) == groups
+    run(project, "".join([NEAREST, GROUPS, GROUPS_PAGE]).replace("0.98", "0.9995"))
+    found = [line.split("\t") for line in (project.folder / "groups.tsv").read_text().splitlines()]
+    assert {"\t".join(sorted(group)) for group in found} == groups
     assert len(groups) == 12 and sum(group.count("\t") == 2 for group in groups) == 3
-    assert set(run(project, WRONG_FOLDERS).splitlines()) == wrong
+    for first, *others in found:
+        sizes = [(project.folder / name).stat().st_size for name in (first, *others)]
+        assert sizes[0] == max(sizes)
+    assert (project.folder / "groups.html").read_text().count("<section") == 12
+    run(project, WRONG_FOLDERS)
+    assert set((project.folder / "wrong.txt").read_text().splitlines()) == wrong
+    assert (project.folder / "wrong.html").read_text().count("<section") == len(wrong)
     assert 0.9 < float(run(project, SHARE)) < 1
     if project.on_elasticsearch:
-        compared = COMPARISON.replace("images/Osprey", "images/Cardinal").replace(
-            "create.py", "create.py --model thumbnail"
-        )
+        compared = COMPARISON.replace("images/Osprey", "images/Cardinal").replace("MODEL=clip", "MODEL=thumbnail")
         assert float(run(project, compared)) > 0.99
 
 
@@ -258,7 +264,7 @@ def test_options_are_those_of_the_scripts(scripts_on_file: Scripts) -> None:
     }
     for document in DOCUMENTS:
         for line in document.read_text().splitlines():
-            for script, command in re.findall(r"(?<!_)(create|search)\.py ([^|`<>]*)", line):
+            for script, command in re.findall(r"(?<!_)(create|search)\.py ([^|`<>&]*)", line):
                 assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", command)) <= known[script], (document, line)
         named = set(re.findall(r"`(--[a-z][a-z-]+)", document.read_text()))
         assert named <= known["create"] | known["search"] | {"--no-deps"}, document
@@ -337,7 +343,7 @@ def test_the_install_of_readme_is_enough(tmp_path: Path) -> None:
     code = (
         "from imagesearch.models.clip import import_imgbeddings; import_imgbeddings()\n"
         "from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url\n"
-        "import imagesearch.sources.bucket, imagesearch.index.elasticsearch_writer, imagesearch.models.int8\n"
+        "import imagesearch.sources.bucket, imagesearch.index.elasticsearch, imagesearch.models.int8\n"
         "from imagesearch.images import heif_format; heif_format()\n"
     )
     subprocess.run([python, "-c", code], cwd=ROOT, env=environment(tmp_path), check=True)

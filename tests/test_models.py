@@ -83,8 +83,8 @@ def test_a_large_jpeg_at_reduced_scale_has_nearly_the_same_embedding(tmp_path: P
     sharp = Image.fromarray(np.random.default_rng(1).integers(0, 256, (600, 800, 3), np.uint8))
     sharp.resize((4000, 3000), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
     model = load_model(str(averaging_model(tmp_path / "model.onnx")))
-    ours = model.embed(model.preprocess(read_image(stream)))
-    theirs = model.embed(np.asarray(process_inputs([Image.open(stream)])["pixel_values"])[0])
+    ours = model.create_embedding(model.preprocess(read_image(stream)))
+    theirs = model.create_embedding(np.asarray(process_inputs([Image.open(stream)])["pixel_values"])[0])
     assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
 
 
@@ -197,7 +197,10 @@ def test_embeddings_are_bit_identical(single_image: bool, small_clip: Path) -> N
     expected = unmodified(small_clip)
     for _ in range(2):  # made, and from the cache
         model = load_model(str(small_clip), single_image)
-        assert all(np.array_equal(model.embed(pixels), right) for pixels, right in zip(PIXELS, expected, strict=True))
+        assert all(
+            np.array_equal(model.create_embedding(pixels), right)
+            for pixels, right in zip(PIXELS, expected, strict=True)
+        )
         assert len(prepared_files()) == 1
 
 
@@ -309,13 +312,13 @@ def test_a_cpu_that_saturates_keeps_the_weights_and_rewrites_nothing(
         assert not prepared_model._multiplies_exactly(Path())
     monkeypatch.setattr(prepared_model, "_multiplies_exactly", lambda probe: False)
     monkeypatch.setattr(int8, "rewrite", None)  # an error, if it is called
-    assert np.array_equal(load_model(str(small_clip)).embed(PIXELS[0]), unmodified(small_clip)[0])
+    assert np.array_equal(load_model(str(small_clip)).create_embedding(PIXELS[0]), unmodified(small_clip)[0])
     assert ".uint8-" in prepared_files()[0].name
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "hole", "onnx"])
 def test_a_prepared_model_that_is_damaged_is_made_again(damage: str, small_clip: Path) -> None:
-    expected = load_model(str(small_clip)).embed(PIXELS[0])
+    expected = load_model(str(small_clip)).create_embedding(PIXELS[0])
     (prepared,) = prepared_files()
     content = prepared.read_bytes()
     half = len(content) // 2
@@ -323,7 +326,7 @@ def test_a_prepared_model_that_is_damaged_is_made_again(damage: str, small_clip:
     prepared.write_bytes(contents[damage])
     (cache_folder() / "probe.onnx").write_bytes(b"damaged")  # which proves nothing, and is made again
     for single_image in (True, False):
-        assert np.array_equal(load_model(str(small_clip), single_image).embed(PIXELS[0]), expected)
+        assert np.array_equal(load_model(str(small_clip), single_image).create_embedding(PIXELS[0]), expected)
     assert (cache_folder() / "probe.onnx").stat().st_size > 1000
 
 
@@ -356,11 +359,11 @@ def test_without_a_cache_folder_the_original_is_used(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert np.array_equal(load_model(str(small_clip)).embed(PIXELS[0]), unmodified(small_clip)[0])
+    assert np.array_equal(load_model(str(small_clip)).create_embedding(PIXELS[0]), unmodified(small_clip)[0])
 
 
 def test_a_model_without_such_weights_is_prepared_too(tmp_path: Path) -> None:
     path = averaging_model(tmp_path / "averaging.onnx")
     assert rewrite(onnx.load(path)) is None
-    assert np.array_equal(load_model(str(path)).embed(PIXELS[0]), unmodified(path)[0])
+    assert np.array_equal(load_model(str(path)).create_embedding(PIXELS[0]), unmodified(path)[0])
     assert len(prepared_files()) == 1

@@ -14,7 +14,7 @@ from PIL import Image
 
 from imagesearch.models.clip import import_imgbeddings
 from tests.pictures import image
-from tests.running import Scripts, counts, patched
+from tests.running import Scripts, bits, counts, patched
 
 COUNT = 24
 
@@ -33,12 +33,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Expected = dict[str, bytes]
+Expected = dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def expected(small_clip: Path, pictures: Path) -> Expected:
-    """The embedding of each file, by its name in the index, that imgbeddings itself makes with the unmodified model."""
+    """The embedding of each file, by its name, that imgbeddings itself makes with the unmodified model."""
     from transformers import CLIPImageProcessor
 
     theirs: Any = object.__new__(import_imgbeddings())
@@ -46,7 +46,7 @@ def expected(small_clip: Path, pictures: Path) -> Expected:
     theirs.session = onnxruntime.InferenceSession(str(small_clip), providers=["CPUExecutionProvider"])
     theirs.processor = CLIPImageProcessor(do_center_crop=False)
     paths = sorted((pictures / "images").rglob("*.*"))
-    return {f"./{path.relative_to(pictures)}": theirs.to_embeddings(str(path))[0].tobytes() for path in paths}
+    return {path.name: bits(theirs.to_embeddings(str(path))[0]) for path in paths}
 
 
 @pytest.fixture
@@ -55,10 +55,14 @@ def scripts_on_pictures(scripts: Scripts, pictures: Path, small_clip: Path) -> S
     return scripts
 
 
+def by_name(scripts: Scripts) -> Expected:
+    return {Path(path).name: embedding for path, embedding in scripts.embeddings().items()}
+
+
 def test_every_vector_is_the_models_own(scripts_on_pictures: Scripts, expected: Expected) -> None:
     """A picture scores 1 with itself, asked alone and among others."""
     assert counts(scripts_on_pictures.create()) == {"new": COUNT}
-    assert scripts_on_pictures.embeddings() == expected
+    assert by_name(scripts_on_pictures) == expected
     together = scripts_on_pictures.search("images", "-k", 3)
     for line in together:
         assert line["hits"]["hits"][0]["fields"]["file_path"] == [line["image"]]
@@ -71,26 +75,21 @@ def test_every_vector_is_the_models_own(scripts_on_pictures: Scripts, expected: 
 def test_parts_in_any_order_make_the_same_vectors(scripts_on_pictures: Scripts, expected: Expected) -> None:
     for part in (2, 3, 1):
         scripts_on_pictures.create("--part", f"{part}/3")
-    assert scripts_on_pictures.embeddings() == expected
+    assert by_name(scripts_on_pictures) == expected
 
 
 # Small bulks, and Ctrl-C when the model has been called 15 times.
 INTERRUPTING = """
 import os, signal
-import imagesearch.embed as m, imagesearch.index.sqlite as s, imagesearch.models.clip as clip
-try:
-    import imagesearch.index.elasticsearch_writer as e
-    e.BULK_SIZE = 2
-finally:
-    s.TRANSACTION_SIZE = 2
-m.CHUNK_SIZE = 1
-embed, calls = clip.Clip.embed, []
+import imagesearch.models.clip as clip
+clip.Clip.chunk_size = 2
+embed, calls = clip.Clip.create_embedding, []
 def interrupting(self, pixels):
     calls.append(1)
     if len(calls) == 15:
         os.kill(os.getpid(), signal.SIGINT)
     return embed(self, pixels)
-clip.Clip.embed = interrupting
+clip.Clip.create_embedding = interrupting
 """
 
 
@@ -101,4 +100,4 @@ def test_an_interrupted_and_resumed_run_makes_the_same_vectors(
     stored = scripts_on_pictures.count()
     assert 0 < stored < COUNT
     assert counts(scripts_on_pictures.create()) == {"new": COUNT - stored, "unchanged": stored}
-    assert scripts_on_pictures.embeddings() == expected
+    assert by_name(scripts_on_pictures) == expected

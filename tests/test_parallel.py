@@ -69,7 +69,7 @@ def test_a_consumer_that_stops_early_cancels_the_rest() -> None:
     with ThreadPoolExecutor(1) as pool:
         results = map_buffered(pool, slow, range(1000), buffersize=50)
         next(results)
-        results.close()  # type: ignore[attr-defined]
+        results.close()
     assert len(done) < 10
 
 

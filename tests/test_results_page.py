@@ -18,14 +18,12 @@ from playwright.sync_api import Browser
 from playwright.sync_api import Page as BrowserPage
 
 from imagesearch import results_page
-from imagesearch.paths import path_to_text
-from imagesearch.records import IndexMetadata, ModelInfo
-from imagesearch.sources import Query, find_queries
+from imagesearch.locations import path_to_text
+from imagesearch.queries import find_queries, open_query
 from tests.pictures import Picture, image
 from tests.running import Scripts
 
 ODD = ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "two words & more", "new\nline", "émoji 🦅 100% #1?"]
-METADATA = IndexMetadata(ModelInfo("thumbnail"), "/")
 
 
 def response(paths: list[Path | str]) -> dict[str, Any]:
@@ -42,11 +40,11 @@ def response(paths: list[Path | str]) -> dict[str, Any]:
 
 def write_page(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Writes a page as search.py does."""
-    page = results_page.Page(path, "images", METADATA)
-    for query in page.keep_previews(find_queries(results, "/")):
-        assert isinstance(query, Query)
-        with query.open():
-            page.add(query.name, results[query.name])
+    page = results_page.Page(path, "/", "Index images", "", [])
+    for query in find_queries(results, "/"):
+        with open_query(query.image) as opened:
+            page.keep_preview(query, opened)
+        page.add(query, results[query.name], leave_out_empty=False)
     assert page.write()
 
 
@@ -95,11 +93,11 @@ def test_it_renders_without_a_word_or_a_request(
     browser_page.set_viewport_size({"width": width, "height": 900})
     browser_page.goto(page_path.as_uri())
     assert browser_page.noise == []
-    sizes = browser_page.eval_on_selector_all(
-        "img", "all => all.map(i => [i.complete, i.naturalWidth, i.naturalHeight])"
+    shown = browser_page.eval_on_selector_all(
+        ".picture", "all => all.map(i => [getComputedStyle(i).backgroundImage, i.clientWidth, i.clientHeight])"
     )
-    assert len(sizes) == 9  # two queries, five odd names, one that is no UTF-8, one in the second section
-    assert all(complete and 0 < max(w, h) <= 320 for complete, w, h in sizes)
+    assert len(shown) == 9  # two queries, five odd names, one that is no UTF-8, one in the second section
+    assert all(url.startswith('url("data:image/webp;') and width > 0 and height > 0 for url, width, height in shown)
     assert browser_page.evaluate("document.documentElement.scrollWidth") <= width
     grid = "list => getComputedStyle(list).gridTemplateColumns.split(' ').length"
     assert browser_page.eval_on_selector("ol", grid) == columns
@@ -125,7 +123,8 @@ def test_it_can_be_heard_and_used_without_a_mouse(browser_page: Any, page_path: 
     assert browser_page.locator("html").get_attribute("lang") == "en"
     assert browser_page.get_by_role("main").count() == browser_page.get_by_role("heading", level=1).count() == 1
     assert browser_page.get_by_role("region", name="Nearest to query.jpg").count() == 1
-    assert all(browser_page.eval_on_selector_all("img", "all => all.map(i => i.alt)"))
+    assert browser_page.get_by_role("img", name="query.jpg").count() == 2
+    assert all(browser_page.eval_on_selector_all("[role=img]", "all => all.map(i => i.ariaLabel)"))
     browser_page.keyboard.press("Tab")
     assert browser_page.evaluate("document.activeElement.tagName") == "A"
     assert browser_page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -143,7 +142,7 @@ def test_names_are_broken_between_their_parts_and_beside_tall_pictures(
     browser_page.goto((tmp_path / "page.html").as_uri())
     picture_top, text_top = (
         browser_page.eval_on_selector(selector, "each => each.getBoundingClientRect().top")
-        for selector in (".query img", ".query h2")
+        for selector in (".query .picture", ".query h2")
     )
     assert abs(picture_top - text_top) < 20
 
@@ -191,9 +190,9 @@ def test_search_writes_the_page_beside_the_json(scripts: Scripts, picture: Pictu
     browser_page.goto((scripts.folder / "my results.html").as_uri())
     assert browser_page.noise == []
     assert browser_page.locator("section").count() == 3
-    assert browser_page.locator("li img").count() == 24
+    assert browser_page.locator("li .picture").count() == 24
     reason = "Cannot read c.png: not an image that Pillow can read"
-    assert reason in browser_page.locator("section").nth(2).inner_text()
+    assert reason in browser_page.locator("section").nth(2).text_content()
     assert f"Index {scripts.index}, made with the model thumbnail" in browser_page.locator("header").inner_text()
     options = ("--min-score", "0.9999", "--desc", "1", "--html", "none.html")
     scripts.run("search.py", queries[0], *options)
@@ -217,8 +216,8 @@ def test_each_query_has_its_own_picture_and_link(scripts_on_file: Scripts, pictu
     html = (scripts_on_file.folder / "page.html").read_text()
     sections = html.split("<section")[1:]
     links = [re.findall('href="([^"]+)"', section) for section in sections]
-    assert links == [["../images/a.png"] * 2, *2 * [["images/a.png", "../images/a.png"]], []]
-    pictures = [re.findall('src="([^"]+)"', section) for section in sections]
+    assert links == [["../images/a.png"] * 2, *2 * [["images/a.png", "../images/a.png", "#query-1"]], []]
+    pictures = [re.findall('class="picture ([^"]+)"', section) for section in sections]
     assert pictures[0][0] == pictures[0][1] != pictures[1][0] == pictures[2][0]
 
 
@@ -306,9 +305,9 @@ def test_a_preview_is_upright_and_has_the_colors_of_the_file(kind: str, mode: st
     exif[0x0112] = 6
     content = io.BytesIO()
     picture.save(content, kind, icc_profile=display_p3(), exif=exif)
-    from base64 import b64decode
-
-    preview = Image.open(io.BytesIO(b64decode(results_page.preview(content).partition(",")[2])))
+    webp, size = results_page.preview(content)
+    preview = Image.open(io.BytesIO(webp))
+    assert preview.size == size
     assert (preview.format, preview.size) == ("WEBP", (200, 320))
     with Image.open(content) as original:
         assert np.linalg.norm(lab(preview)[100, 100] - lab(original)[100, 100]) < 4

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from imagesearch.models import Thumbnail
 from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
 from tests.pictures import Picture, averaging_model, image
 from tests.running import Scripts, counts, patched
-from tests.server import ROOT
 
 
 def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scripts, bird_images: list[Path]) -> None:
@@ -97,11 +97,11 @@ def test_a_folder_is_a_query_for_each_image_below_it(scripts: Scripts, bird_imag
     assert lines["./images/Osprey/3.png"]["hits"]["hits"][0]["fields"]["file_path"] == ["./images/Osprey/again.png"]
     assert lines["./images/Osprey/3.png"]["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
     (folder.parent / "empty").mkdir()
-    done = scripts.run("search.py", "images/empty", "gone", "images/loose.jpg")
+    done = scripts.run("search.py", "images/empty", "gone.png", "images/loose.jpg")
     reasons = [json.loads(line).get("error", {}).get("reason") for line in done.stdout.splitlines()]
     assert reasons == [
         "Cannot read images/empty: there are no images below it",
-        "Cannot read gone: No such file or directory",
+        "Cannot read gone.png: No such file or directory",
         None,
     ]
 
@@ -166,7 +166,15 @@ def test_a_search_imports_only_what_it_needs(scripts: Scripts, bird_images: list
     model = averaging_model(scripts.folder / "model.onnx")
     scripts.environment |= {"HOME": str(scripts.folder), "XDG_CACHE_HOME": ""}
     scripts.create("--model", model)
-    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, sep='\\n', file=open('modules', 'w')))"
+    code = """
+import os, sys
+end = os._exit
+def list_modules_and_end(code):
+    with open("modules", "w") as file:
+        file.write("\\n".join(sys.modules))
+    end(code)
+os._exit = list_modules_and_end
+"""
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
@@ -272,14 +280,13 @@ def test_memory_does_not_grow_with_the_number_of_queries(scripts_on_file: Script
     scripts.create("--images", "images/3")
     peaks = []
     for folders in (["images/3"], 8 * ["images/3"]):
-        measured = f"import resource, runpy, sys; sys.argv = {scripts.arguments('search.py', *folders)!r}\n"
-        measured += f"sys.path.insert(0, {str(ROOT)!r})\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        measured += "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-        done = scripts.shell(f"{sys.executable} - >lines <<'EOF'\n{measured}\nEOF")
-        assert done.returncode == 0, done.stderr
-        assert len((scripts.folder / "lines").read_text().splitlines()) == 250 * len(folders)
-        peaks.append(int(done.stderr.split()[-1]))
-    (scripts.folder / "lines").unlink()
+        command = [sys.executable, *scripts.arguments("search.py", *folders)]
+        with (scripts.home / "lines").open("w") as lines:
+            process = subprocess.Popen(command, cwd=scripts.folder, env=scripts.environment, stdout=lines)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        assert len((scripts.home / "lines").read_text().splitlines()) == 250 * len(folders)
+        peaks.append(usage.ru_maxrss)
     assert peaks[1] < peaks[0] + 20_000  # KiB
 
 
@@ -302,7 +309,7 @@ def test_a_query_scores_by_the_cosine(scripts: Scripts, picture: Picture) -> Non
     vectors = []
     for path in paths:
         with Image.open(path) as opened:
-            vectors.append(Thumbnail().embed(Thumbnail().preprocess(opened.convert("RGB"))))
+            vectors.append(Thumbnail().create_embedding(Thumbnail().preprocess(opened.convert("RGB"))))
     cosines = np.array(vectors) @ vectors[0] / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vectors[0])
     scores = {
         os.path.basename(hit["fields"]["file_path"][0]): hit["_score"] for hit in scripts.hits(paths[0], "-k", 12)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imagesearch.errors import UsageError
 from imagesearch.index.connection import Connection
-from imagesearch.paths import without_credentials
+from imagesearch.queries import without_credentials
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, wait_until
 
@@ -99,7 +99,10 @@ def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after
     assert "SECRET" not in without_credentials(f"ftp://admin:{before}SECRET{after}@host/a.png")
 
 
-@pytest.mark.parametrize("url", ["s3://user:SECRET@birds/a.jpg", "s3://user:SECRET@birds", "http://u:SE/CRET@h/a.png"])
+@pytest.mark.parametrize(
+    "url",
+    ["s3://user:SECRET@birds/a.jpg", "s3://user:SE/CRET@birds", "s3://u:SECRET@birds", "http://u:SE/CRET@h/a.png"],
+)
 def test_a_query_with_a_password_is_refused_without_it(url: str, scripts_on_file: Scripts, picture: Picture) -> None:
     picture("images/a.png")
     scripts_on_file.create()

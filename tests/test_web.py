@@ -9,7 +9,8 @@ import pytest
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-from imagesearch import sources
+from imagesearch.records import ImageFile
+from imagesearch.sources import memory
 from imagesearch.sources.web import open_url
 from tests.conftest import Bucket
 from tests.pictures import png
@@ -46,7 +47,7 @@ def test_queries_from_everywhere_are_answered_in_order(
     assert found == [f"./images/{number}.png" for number in (1, 2, 3, 0)]
     assert [line["image"] for line in lines] == [web.url_for("/a.png"), *queries[1:]]
     html = (scripts.folder / "page.html").read_text()
-    assert html.count("<img") == 8 and "Nearest to a.png" in html
+    assert html.count('role="img"') == 8 and "Nearest to a.png" in html
     assert "hunter2" not in html + stdout + stderr
 
 
@@ -98,10 +99,10 @@ def test_a_url_that_cannot_be_is_one_line(
 
 
 def test_a_download_has_a_size_limit_whatever_the_server_says(web: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_CONTENT_BYTES", 3_000_000)
+    monkeypatch.setattr(memory, "MAX_CONTENT_BYTES", 3_000_000)
     web.expect_request("/large").respond_with_handler(lambda _: Response(bytes(65536) for _ in range(10_000)))
     started = time.monotonic()
-    with pytest.raises(ValueError, match="more than 3 MB"), open_url(web.url_for("/large")):
+    with pytest.raises(ValueError, match="more than 3 MB"), open_url(ImageFile(web.url_for("/large"), "", "", 0, 0)):
         pass
     assert time.monotonic() - started < 5
 

@@ -5,6 +5,7 @@
 Without arguments: all four shapes of embeddings (tools/embeddings.py) at 30,000, and the clustered ones at 100,000.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -12,20 +13,23 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from elasticsearch import Elasticsearch
 
-from imagesearch.index import open_writable_index
+from imagesearch.index import Index, open_index
 from imagesearch.index.connection import Connection
-from imagesearch.records import Document, Embedded, ImageFile, IndexMetadata, ModelInfo
+from imagesearch.parallel import available_cpus, make_chunks, map_buffered
+from imagesearch.records import Document, ImageFile, IndexMetadata, ModelInfo
 from tests.server import ROOT
 from tests.server import Elasticsearch as Server
 from tools.embeddings import SHAPES, Embeddings, nearest, recall
 
 QUERIES, K = 200, 10
+WORKERS, CHUNK_SIZE = available_cpus() + 4, 96  # as create.py's
 MERGED = 100_000  # the largest index that is merged to one segment as well: a million would take an hour
 
 # num_candidates, and rescore_vector's oversample, by which Elasticsearch multiplies them; None for no rescoring.
@@ -39,26 +43,27 @@ FIELDS = [{"field": "file_path"}, {"field": "desc"}]
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def load_index(environment: Mapping[str, str], name: str, index_type: str, embeddings: Embeddings) -> float:
-    """Writes the embeddings into a new index, as create.py does; returns the seconds it took.
+def load_index(index: Index, embeddings: Embeddings) -> float:
+    """Writes embeddings into a new index, as create.py does; returns the seconds it took.
 
-    `environment` has ES_URL and ES_CA_CERT. The number of an embedding is in the `file_path` of its document.
+    The number of an embedding is in the `file_path` of its document.
     """
-    connection = Connection.from_env(environment)
-    with open_writable_index(name, connection, Path(), index_type) as index:
-        index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
-        index.get_metadata()
-        started = time.perf_counter()
-        for _ in index.write(_document(number, embedding) for number, embedding in enumerate(embeddings)):
-            pass
-        index.refresh()
-        return time.perf_counter() - started
+    index.create(IndexMetadata(ModelInfo("thumbnail"), "/"))
+    started = time.perf_counter()
+    documents = itertools.starmap(_document, enumerate(embeddings))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for stored in map_buffered(
+            pool, index.write, make_chunks(documents, CHUNK_SIZE, 0, lambda _: 0, 0), 2 * WORKERS
+        ):
+            assert stored
+    index.refresh()
+    return time.perf_counter() - started
 
 
 def _document(number: int, embedding: Embeddings) -> Document:
     path = f"./images/{number % 100}/{number}.jpg"
     image = ImageFile(path, path, str(number % 100), 100_000, 1_700_000_000_000_000_000 + number)
-    return Document(image, f"{number:064x}", Embedded(embedding))
+    return Document(image, f"{number:064x}", embedding)
 
 
 def numbers(response: Any) -> set[int]:
@@ -122,7 +127,9 @@ def measure(client: Elasticsearch, server: Server, size: int, shape: str) -> Ite
     notes = []
     for index_type, settings in SETTINGS.items():
         index = f"{shape}-{size}-{index_type.replace('_', '-')}"
-        seconds = load_index(server.environment, index, index_type, embeddings)
+        connection = Connection.from_env(server.environment)
+        with open_index(index, connection, Path(), index_type=index_type, retry_minutes=True) as opened:
+            seconds = load_index(opened, embeddings)
         note = f"- {index_type}: {size / seconds:,.0f} documents/s; {disk_usage(client, index)}"
         if os.access(DROP_CACHES, os.W_OK):
             times = [cold_query(client, index, query, settings[0]) for query in queries[:5]]

@@ -1,17 +1,17 @@
-"""The contracts of an index, and which index is used."""
+"""The contract of an index, and which one is used."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from imagesearch.index.connection import Connection
-from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, MetadataUpdate, Search
+from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, ModelInfo, Search
 
 INDEX_TYPES = ("hnsw", "int8_hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
 
 
 class Index(Protocol):
-    """An index of embeddings, as search.py needs it. Safe to use from several threads.
+    """An index of embeddings. Safe to use from several threads.
 
     All methods raise ImageSearchError if they cannot do what they say.
     """
@@ -25,14 +25,16 @@ class Index(Protocol):
         """Where the index is, as messages say it: the file, or the address."""
 
     @property
-    def max_searches(self) -> int:
-        """How many searches are worth having under way at a time."""
+    def metadata(self) -> IndexMetadata | None:
+        """What the index recorded about itself when it was opened or created; None if it does not exist."""
 
-    def get_metadata(self) -> IndexMetadata | None:
-        """Returns what the index records about itself, None if it does not exist.
+    @property
+    def base(self) -> str:
+        """The absolute folder, an operating system path, that a `file_path` of ``./…`` is relative to."""
 
-        Raises UsageError for an index that create.py did not make. Called before all other methods.
-        """
+    @property
+    def searches_at_once(self) -> int:
+        """How many searches are worth asking for together."""
 
     def list_indexes(self) -> dict[str, str]:
         """Returns the model of each index there is, by the index's name."""
@@ -46,20 +48,22 @@ class Index(Protocol):
     def list_classes(self) -> list[str]:
         """Returns the classes (`desc`) that documents have, at most 10,000."""
 
-    def search(self, search: Search) -> dict[str, Any]:
-        """Returns Elasticsearch's response, with the nearest documents as its hits."""
+    def search(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
+        """Returns Elasticsearch's response to each search, with the nearest documents as its hits.
 
-
-class WritableIndex(Index, Protocol):
-    """An index as create.py needs it."""
+        The searches have the same `k`, `desc` and `min_score`.
+        """
 
     def create(self, metadata: IndexMetadata) -> None:
-        """Creates the index. One that exists by now, made by another run, is left as it is."""
+        """Creates the index, and reads its metadata: one that another run has made by now is left as it is."""
 
-    def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
-        """Writes documents in bulk and yields each one when it is stored.
+    def record_model(self, model: ModelInfo) -> None:
+        """Records the model under another name: its file was moved."""
 
-        A metadata update for a document that another run has deleted is not yielded.
+    def write(self, documents: Sequence[Document]) -> list[Document]:
+        """Writes documents together; returns those that are stored.
+
+        One without an embedding, whose document another run has deleted, is not.
         """
 
     def count_below(self, folder: str) -> int:
@@ -75,32 +79,25 @@ class WritableIndex(Index, Protocol):
         """Makes everything written visible to searches."""
 
 
-def open_index(name: str, connection: Connection | None, database: Path) -> Index:
+def open_index(
+    name: str,
+    connection: Connection | None,
+    database: Path,
+    *,
+    index_type: str | None = None,
+    retry_minutes: bool = False,
+) -> Index:
     """Returns the index `name` on Elasticsearch, or the local file `database` if there is no connection.
 
-    Each kind is imported when it is used.
+    Its metadata has been read; it need not exist. On Elasticsearch, it must be of this `index_type`, if not None, and
+    requests are repeated for two minutes if `retry_minutes`, otherwise for some seconds; but not the first one, so that
+    a wrong address is reported at once. Raises UsageError for an index that create.py did not make. Each kind is
+    imported when it is used.
     """
     if connection is None:
         from imagesearch.index.sqlite import SqliteIndex
 
         return SqliteIndex(database)
-    from imagesearch.index.elasticsearch import ElasticsearchIndex, open_http_session, session_transport
+    from imagesearch.index.elasticsearch import ElasticsearchIndex
 
-    session = open_http_session(connection)
-    return ElasticsearchIndex(connection, name, session, session_transport(session, connection))
-
-
-def open_writable_index(
-    name: str, connection: Connection | None, database: Path, index_type: str | None
-) -> WritableIndex:
-    """Returns the index as `open_index` does, to be written to; on Elasticsearch with this `index_type`, if not None.
-
-    The first request to Elasticsearch is not retried, later ones are for two minutes.
-    """
-    if connection is None:
-        from imagesearch.index.sqlite import SqliteIndex
-
-        return SqliteIndex(database)
-    from imagesearch.index.elasticsearch_writer import WritableElasticsearchIndex
-
-    return WritableElasticsearchIndex(connection, name, index_type)
+    return ElasticsearchIndex(connection, name, index_type, retry_minutes)

@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from imagesearch.console import say
 from imagesearch.errors import UsageError
-from imagesearch.paths import quote_path
+from imagesearch.locations import quote_path
 
 URL_FORMAT = "https://user:password@host:port, with special characters percent-encoded"
 
@@ -105,12 +105,19 @@ def get_connection(insecure: bool) -> Connection | None:
     If `insecure`, the server's certificate is not verified, and the user is warned.
     """
     connection = Connection.from_env(os.environ, verify_certs=not insecure)
+    if connection and connection.headers and connection.url.startswith("http:") and not _is_local(connection.url):
+        say("Warning: ES_URL begins with http://: anyone on the network can read the password or key.")
     if connection and insecure:
         say(
             "Warning: --insecure does not verify the server's certificate: an attacker on the network could intercept"
             " the credentials."
         )
     return connection
+
+
+def _is_local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _parse_url(text: str) -> SplitResult:

@@ -2,19 +2,20 @@
 
 import ssl
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import RemoteDisconnected
 from typing import Any
+from urllib.parse import urlsplit
 
 from imagesearch.errors import ImageSearchError, UsageError, describe_error, root_cause
 from imagesearch.index.connection import Connection
-from imagesearch.paths import quote_path
+from imagesearch.locations import quote_path
 
 PRIVILEGES_HINT = (
     " On the index, create.py needs the privileges create_index, read, write, maintenance and view_index_metadata;"
     " search.py needs read and view_index_metadata."
 )
-CONTINUE_HINT = "Run the command again to continue from here."
+AGAIN_HINT = "Run the command again later; create.py continues from here."
 
 UNKNOWN_CA = (2, 18, 19, 20, 21)  # OpenSSL's codes, of X509_verify_cert(3)
 
@@ -33,6 +34,20 @@ def is_missing_index(body: Any) -> bool:
     return "index_not_found_exception" in str(body.get("error") if isinstance(body, dict) else "")
 
 
+def is_blocked(body: Any) -> bool:
+    """Returns True if an error response says that the index is blocked, as on a full disk."""
+    return "cluster_block_exception" in str(body.get("error") if isinstance(body, dict) else "")
+
+
+def missing_shards_error(index: str, shards: Sequence[str]) -> ImageSearchError:
+    """Returns the error for an index with shards that are on no node."""
+    shard = f"shard {shards[0]}" if len(shards) == 1 else f"shards {', '.join(shards)}"
+    return ImageSearchError(
+        f"The index {index} has no active {shard}: its node is away, or no node may hold it, as when the disks are"
+        " nearly full. GET _cluster/allocation/explain says why. Run the command again when the index is not red."
+    )
+
+
 def response_error(
     status: int, headers: Mapping[str, str], body: Any, connection: Connection, index: str
 ) -> ImageSearchError:
@@ -47,7 +62,7 @@ def response_error(
         )
     is_error = isinstance(body, dict) and "error" in body
     if status in (502, 503, 504) and not (is_error and headers.get("X-Elastic-Product")):
-        return ImageSearchError(f"No answer from Elasticsearch ({url} answered HTTP {status}). {CONTINUE_HINT}")
+        return ImageSearchError(f"No answer from Elasticsearch ({url} answered HTTP {status}). {AGAIN_HINT}")
     if not is_error:
         kind = headers.get("Content-Type", "no content type")
         return UsageError(
@@ -57,7 +72,7 @@ def response_error(
     if is_missing_index(body):
         return deleted_index_error(index)
     reason = error_reason(body)
-    if "cluster_block_exception" in str(body["error"]):
+    if is_blocked(body):
         return ImageSearchError(
             f"Elasticsearch refused a request: {reason}. Free disk space on the server or remove the index's block,"
             " then run the command again."
@@ -66,8 +81,9 @@ def response_error(
         hint = PRIVILEGES_HINT if "security_exception" in str(body["error"]) else ""
         return UsageError(f"{url} denied access (HTTP 403): {reason}.{hint}")
     if status in (429, 503):
-        return ImageSearchError(f"Elasticsearch did not recover: {reason}. {CONTINUE_HINT}")
-    return ImageSearchError(f"Elasticsearch refused a request: {reason}.")
+        return ImageSearchError(f"Elasticsearch did not recover: {reason}. {AGAIN_HINT}")
+    hint = " If ES_URL ends with the name of an index, leave that out." if urlsplit(url).path else ""
+    return ImageSearchError(f"Elasticsearch refused a request: {reason}.{hint}")
 
 
 def deleted_index_error(index: str) -> ImageSearchError:

@@ -1,9 +1,11 @@
 """The index in a local SQLite file: one row per image, searched with sqlite-vec."""
 
+import itertools
 import json
+import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -14,17 +16,18 @@ import apsw
 import numpy as np
 import sqlite_vec
 
-from imagesearch.errors import ImageSearchError, UsageError
-from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
-from imagesearch.paths import quote_path
+from imagesearch.errors import ImageSearchError, UsageError, describe_error
+from imagesearch.index.candidates import Candidates
+from imagesearch.locations import local_path, path_to_text, quote_path
+from imagesearch.parallel import available_cpus, exit_lock
 from imagesearch.records import (
     BATCH_SIZE,
+    DIMENSIONS,
     SCORE_TOLERANCE,
     Document,
     Embedding,
     FileMetadata,
     IndexMetadata,
-    MetadataUpdate,
     ModelInfo,
     Search,
 )
@@ -35,10 +38,13 @@ apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
 apsw.initialize()
 
 APPLICATION_ID = 0x494D5345  # "IMSE": marks the file as this project's
-SCHEMA_VERSION = 3
-TRANSACTION_SIZE = 128  # documents in one transaction
+SCHEMA_VERSION = 4
+RECORDED_BASE_VERSION = 3  # whose relative names are relative to a recorded folder, not to that of the file
 BUSY_TIMEOUT_SECONDS = 60
 PAGE_BYTES = 16_384  # four rows
+ROWS_PER_CPU = 10_000  # at least, of a search on several CPUs
+SEARCHES_AT_ONCE = 512
+ROWS_PER_BLOCK = 2048  # that are compared with all searches at once
 
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
@@ -58,38 +64,39 @@ SEARCH = """
 SELECT id, file_path, "desc", vec_distance_cosine(embedding, :embedding) AS distance FROM images
 WHERE {} ORDER BY distance, file_path LIMIT :k
 """
+IN_ROWIDS = "rowid IN (SELECT value FROM json_each(:rowids))"
 BELOW = "file_path > :after AND file_path < :end"  # a range of the index on file_path
+
+Row = tuple[str, str, str, float]  # id, file_path, desc, distance
 
 
 class SqliteIndex:
-    """A `WritableIndex` in the SQLite file `path`, which is created with the index; its name is the file's.
+    """An `Index` in the SQLite file `path`, which is created with the index; its name is the file's.
 
-    A file that is not writable, or on a read-only disk, can be searched.
+    Relative names are relative to the folder of the file. A file that is not writable, or on a read-only disk, can be
+    searched.
     """
+
+    searches_at_once = SEARCHES_AT_ONCE
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._name = path.stem
-        self._database: apsw.Connection | None = None
-        self._lock = threading.Lock()  # of _database
-        self._searcher = threading.local()  # SQLite searches on as many CPUs as there are connections
+        self._lock = threading.Lock()  # of the database
+        self._searching = threading.Lock()  # a search uses all CPUs
+        self._searchers: list[apsw.Connection] = []  # SQLite searches on as many CPUs as there are connections
+        self.location = quote_path(str(path))
+        self.base = os.path.realpath(path.parent)
+        self._database = self._open() if path.exists() else None
+        self.metadata = self._read_metadata()
 
     def __enter__(self) -> Self:
-        if self._path.exists():
-            self._database = self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._database:
-            self._database.close()
-
-    @property
-    def max_searches(self) -> int:
-        return available_cpus()
-
-    @property
-    def location(self) -> str:
-        return quote_path(str(self._path))
+        for database in [self._database, *self._searchers]:
+            if database:
+                database.close()
 
     def _open(self) -> apsw.Connection:
         """Opens the file, or creates an empty one. Raises UsageError if it is not an index of this project."""
@@ -98,6 +105,11 @@ class SqliteIndex:
             database.set_busy_timeout(1000 * BUSY_TIMEOUT_SECONDS)
             database.enable_load_extension(True)
             database.load_extension(sqlite_vec.loadable_path())
+            database.enable_load_extension(False)
+            # The file may be somebody else's.
+            for option in (apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, apsw.SQLITE_DBCONFIG_ENABLE_VIEW):
+                database.config(option, 0)
+            database.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
             application_id, version, empty = database.execute(
                 "SELECT application_id, user_version, NOT EXISTS (SELECT * FROM sqlite_schema)"
                 " FROM pragma_application_id, pragma_user_version"
@@ -105,28 +117,40 @@ class SqliteIndex:
         if empty:
             return database
         if application_id != APPLICATION_ID:
+            raise UsageError(f"{self.location} is a database, but not an index made by create.py: use another --db.")
+        if version not in (SCHEMA_VERSION, RECORDED_BASE_VERSION):
             raise UsageError(
-                f"{quote_path(str(self._path))} is a database, but not an index made by create.py: use another --db."
-            )
-        if version != SCHEMA_VERSION:
-            raise UsageError(
-                f"{quote_path(str(self._path))} was made by another version of create.py: delete it or move it away,"
-                " then run create.py again."
+                f"{self.location} was made by another version of create.py: delete it or move it away, then run"
+                " create.py again."
             )
         return database
 
-    def get_metadata(self) -> IndexMetadata | None:
+    def _read_metadata(self) -> IndexMetadata | None:
         if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'metadata'"):
             return None
-        record = json.loads(self._select("SELECT record FROM metadata")[0][0])
-        return IndexMetadata(ModelInfo(**record["model"]), record["folder"])
+        with self._explain_errors():
+            record = json.loads(self._select("SELECT record FROM metadata")[0][0])
+            model = ModelInfo(**record["model"])
+            recorded = record.get("folder")
+        if recorded:
+            self._check_recorded_base(recorded)
+        return IndexMetadata(model, path_to_text(self.base))
+
+    def _check_recorded_base(self, recorded: str) -> None:
+        """Raises UsageError if the file's relative names are those of another folder, as an older version made them."""
+        for (file_path,) in self._select("SELECT file_path FROM images WHERE file_path GLOB './*' LIMIT 1"):
+            if os.path.exists(local_path(file_path, recorded)) and not os.path.exists(local_path(file_path, self.base)):
+                raise UsageError(
+                    f"{self.location} was made by an older version of create.py, and its names are relative to"
+                    f" {quote_path(recorded)}: move it there, or delete it, then run create.py again."
+                )
 
     def list_indexes(self) -> dict[str, str]:
         models = {}
         for path in sorted(self._path.parent.glob("*.db")):
             with suppress(ImageSearchError), SqliteIndex(path) as index:  # other databases
-                if metadata := index.get_metadata():
-                    models[path.stem] = metadata.model.name
+                if index.metadata:
+                    models[path.stem] = index.metadata.model.name
         return models
 
     def create(self, metadata: IndexMetadata) -> None:
@@ -136,7 +160,13 @@ class SqliteIndex:
         with self._transaction():
             database.execute(SCHEMA)
             record = "INSERT INTO metadata SELECT ? WHERE NOT EXISTS (SELECT * FROM metadata)"
-            database.execute(record, (json.dumps(asdict(metadata)),))
+            database.execute(record, (json.dumps({"model": asdict(metadata.model)}),))
+        self.metadata = self._read_metadata()
+
+    def record_model(self, model: ModelInfo) -> None:
+        with self._transaction() as database:
+            update = "UPDATE metadata SET record = json_set(record, '$.model', json(?))"
+            database.execute(update, (json.dumps(asdict(model)),))
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
         query = "SELECT id, size, mtime, sha256 FROM images WHERE id IN (SELECT value FROM json_each(?))"
@@ -148,27 +178,23 @@ class SqliteIndex:
         rows = self._select(query, (json.dumps(sha256s),))
         return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
 
-    def write(self, items: Iterable[Document | MetadataUpdate]) -> Iterator[Document | MetadataUpdate]:
-        batches = batch_until_error(items, TRANSACTION_SIZE)
-        with ThreadPoolExecutor(1) as pool:  # while SQLite waits for the disk, images are embedded
-            for written in map_buffered(pool, self._write_batch, batches, 2):
-                yield from written
-
-    def _write_batch(self, batch: Sequence[Document | MetadataUpdate]) -> list[Document | MetadataUpdate]:
-        """Writes documents in one transaction; returns those that are stored: all but updates of what is not there."""
+    def write(self, documents: Sequence[Document]) -> list[Document]:
         insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
                     SET "desc" = excluded."desc", size = excluded.size, mtime = excluded.mtime,
                         sha256 = excluded.sha256, embedding = excluded.embedding"""
         update = "UPDATE images SET size = ?, mtime = ? WHERE id = ?"
-        rows = [_row(item) for item in batch if isinstance(item, Document)]
-        missing: set[str] = set()
+        stored = []
         with self._transaction() as database:
-            database.executemany(insert, rows)
-            for image in (item.image for item in batch if isinstance(item, MetadataUpdate)):
-                database.execute(update, (image.size, image.mtime, image.id))
-                if not database.changes():
-                    missing.add(image.id)
-        return [item for item in batch if item.image.id not in missing]
+            for document in documents:
+                image = document.image
+                if document.embedding is None:
+                    database.execute(update, (image.size, image.mtime, image.id))
+                else:
+                    file = (image.id, image.file_path, image.desc, image.size, image.mtime)
+                    database.execute(insert, (*file, document.sha256, document.embedding.tobytes()))
+                if database.changes():
+                    stored.append(document)
+        return stored
 
     def count_below(self, folder: str) -> int:
         return int(self._select(f"SELECT count(*) FROM images WHERE {BELOW}", self._below(folder))[0][0])
@@ -196,16 +222,66 @@ class SqliteIndex:
     def list_classes(self) -> list[str]:
         return [desc for (desc,) in self._select('SELECT DISTINCT "desc" FROM images')]
 
-    def search(self, search: Search) -> dict[str, Any]:
-        started = time.perf_counter()
-        if not hasattr(self._searcher, "database"):
-            self._searcher.database = self._open()
-        # + keeps SQLite from looking up each row through an index: without a class, every row is read.
-        conditions = ["TRUE"] if search.desc is None else ['"desc" = :desc']
-        conditions += [] if search.excluded_id is None else ["+id <> :excluded_id"]
-        values = asdict(search) | {"embedding": search.embedding.tobytes()}
-        with self._explain_errors():
-            rows = self._searcher.database.execute(SEARCH.format(" AND ".join(conditions)), values).fetchall()
+    def search(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
+        with self._searching, self._explain_errors():
+            started = time.perf_counter()
+            ranges = self._ranges()
+            while len(self._searchers) < len(ranges):
+                self._searchers.append(self._open())
+            with ThreadPoolExecutor(len(ranges)) as pool:
+                candidates = self._find_candidates(pool, ranges, searches) if len(searches) > 1 else [None]
+                found = [
+                    self._search_all_rows(pool, ranges, search)
+                    if rowids is None
+                    else _search(self._searchers[0], search, IN_ROWIDS, rowids=json.dumps(rowids))
+                    for search, rowids in zip(searches, candidates, strict=True)
+                ]
+            milliseconds = (time.perf_counter() - started) * 1000 / len(searches)
+        return [self._response(rows, search, milliseconds) for rows, search in zip(found, searches, strict=True)]
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Returns ranges of rowids, both ends included, one for each CPU that is worth using."""
+        ((first, last),) = self._select("SELECT ifnull(min(rowid), 0), ifnull(max(rowid), 0) FROM images")
+        count = max(1, min(available_cpus(), (last - first) // ROWS_PER_CPU))
+        ends = [first + (last + 1 - first) * part // count for part in range(count + 1)]
+        return [(start, end - 1) for start, end in itertools.pairwise(ends)]
+
+    def _find_candidates(
+        self, pool: ThreadPoolExecutor, ranges: Sequence[tuple[int, int]], searches: Sequence[Search]
+    ) -> list[list[int] | None]:
+        """Returns the rowids that may be the nearest for each search, None where they are too many to keep."""
+        first = searches[0]
+        least = -1.0 if first.min_score is None else _cosine(first.min_score - SCORE_TOLERANCE)
+        k = first.k + any(search.excluded_id is not None for search in searches)
+        embeddings = np.array([search.embedding for search in searches])
+        query = "SELECT rowid, embedding FROM images WHERE rowid BETWEEN :first AND :last"
+        query += "" if first.desc is None else ' AND "desc" = :desc'
+
+        def find(database: apsw.Connection, rowids: tuple[int, int]) -> Candidates:
+            candidates = Candidates(embeddings, k, least)
+            rows = database.execute(query, {"first": rowids[0], "last": rowids[1], "desc": first.desc})
+            while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
+                vectors = np.frombuffer(b"".join(embedding for _, embedding in block), np.float32)
+                candidates.add(np.array([rowid for rowid, _ in block]), vectors.reshape(len(block), DIMENSIONS))
+            return candidates
+
+        each = list(pool.map(find, self._searchers, ranges))
+        return Candidates.merge(each)
+
+    def _search_all_rows(
+        self, pool: ThreadPoolExecutor, ranges: Sequence[tuple[int, int]], search: Search
+    ) -> list[Row]:
+        """Returns the nearest rows, from the nearest of each range."""
+        parts = pool.map(
+            lambda database, ends: _search(
+                database, search, "rowid BETWEEN :first AND :last", first=ends[0], last=ends[1]
+            ),
+            self._searchers,
+            ranges,
+        )
+        return sorted(itertools.chain.from_iterable(parts), key=lambda row: (row[3], row[1]))[: search.k]
+
+    def _response(self, rows: Sequence[Row], search: Search, milliseconds: float) -> dict[str, Any]:
         hits = [
             {
                 "_index": self._name,
@@ -217,7 +293,7 @@ class SqliteIndex:
             if search.min_score is None or _score(distance) >= search.min_score - SCORE_TOLERANCE
         ]
         return {
-            "took": int((time.perf_counter() - started) * 1000),
+            "took": int(milliseconds),
             "timed_out": False,
             "_shards": {"total": 1, "successful": 1, "skipped": 0, "failed": 0},
             "hits": {
@@ -237,7 +313,7 @@ class SqliteIndex:
     def _transaction(self) -> Iterator[apsw.Connection]:
         """Runs a transaction: all of it is in the file afterwards, or nothing, whatever happens."""
         assert self._database
-        with self._lock, self._explain_errors():
+        with self._lock, exit_lock, self._explain_errors():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
@@ -249,24 +325,35 @@ class SqliteIndex:
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Translates SQLite's errors into messages that say what to do."""
-        path = quote_path(str(self._path))
         try:
             yield
         except apsw.BusyError:
-            raise ImageSearchError(f"{path} is in use by another process: run the command again later.") from None
-        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise ImageSearchError(
+                f"{self.location} is in use by another process: run the command again later."
+            ) from None
+        except (apsw.NotADBError, apsw.CorruptError, ValueError, LookupError, TypeError) as error:  # or a text, a size
             raise UsageError(
-                f"{path} is not an SQLite file, or is damaged ({error}): move it away or use another --db."
+                f"{self.location} is not an SQLite file, or is damaged ({describe_error(error)}): move it away or use"
+                " another --db."
             ) from None
         except apsw.Error as error:
-            raise ImageSearchError(f"{path} cannot be read or written: {error}.") from None
+            raise ImageSearchError(f"{self.location} cannot be read or written: {error}.") from None
 
 
-def _row(item: Document) -> tuple[Any, ...]:
-    image, vector = item.image, item.embedded.embedding.tobytes()
-    return (image.id, image.file_path, image.desc, image.size, image.mtime, item.sha256, vector)
+def _search(database: apsw.Connection, search: Search, condition: str, **values: Any) -> list[Row]:
+    """Returns the nearest of the rows that meet the condition."""
+    conditions = [condition] if search.desc is None else [condition, '"desc" = :desc']
+    # + keeps SQLite from looking up each row through an index.
+    conditions += [] if search.excluded_id is None else ["+id <> :excluded_id"]
+    parameters = asdict(search) | values | {"embedding": search.embedding.tobytes()}
+    rows: list[Row] = database.execute(SEARCH.format(" AND ".join(conditions)), parameters).fetchall()  # type: ignore[assignment]
+    return rows
 
 
 def _score(distance: float) -> float:
     """Returns Elasticsearch's score, (1 + cosine) / 2, with the digits of a float32."""
     return min(1.0, float(str(np.float32(1 - distance / 2))))
+
+
+def _cosine(score: float) -> float:
+    return 2 * score - 1

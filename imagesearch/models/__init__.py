@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagesearch.errors import UsageError
-from imagesearch.paths import path_from_text, path_to_text, quote_path
+from imagesearch.locations import path_from_text, path_to_text, quote_path
 from imagesearch.records import DIMENSIONS, PREPROCESSING, ModelInfo
 
 MODEL_NAMES = ("clip", "thumbnail")
@@ -22,10 +22,14 @@ class Model(Protocol):
     def info(self) -> ModelInfo:
         """What an index records about the model."""
 
-    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        """Returns an 8-bit RGB image as the array that `embed` takes; its shape is the model's own."""
+    @property
+    def chunk_size(self) -> int:
+        """How many images to embed before they are written: a second or two of work for one CPU at most."""
 
-    def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        """Returns an 8-bit RGB image as the array that `create_embedding` takes; its shape is the model's own."""
+
+    def create_embedding(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the embedding, shape (768,), of an array from `preprocess`."""
 
 
@@ -36,11 +40,12 @@ class Thumbnail:
     """
 
     info = ModelInfo("thumbnail")
+    chunk_size = 96  # below 1 MB in one bulk request: nginx's default limit
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
         return np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32)
 
-    def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    def create_embedding(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         # Centered on mid-gray, so that the cosine tells dark from light; no 8-bit value becomes 0.
         return pixels.reshape(DIMENSIONS) / np.float32(127.5) - np.float32(1)
 

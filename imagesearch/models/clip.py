@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagesearch.errors import UsageError
+from imagesearch.locations import quote_path
 from imagesearch.models.prepared_model import model_sha256, open_session
-from imagesearch.paths import quote_path
 from imagesearch.records import DIMENSIONS, ModelInfo
 
 IMAGE_SIZE = 224
@@ -54,6 +54,8 @@ def import_imgbeddings() -> Any:
 class Clip:
     """imgbeddings on one session of its model, with its preprocessing in numpy; a `Model`."""
 
+    chunk_size = 16
+
     def __init__(self, info: ModelInfo, session: Any) -> None:
         self.info = info
         imgbeddings = import_imgbeddings()
@@ -81,7 +83,7 @@ class Clip:
         values /= STD
         return values
 
-    def embed(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    def create_embedding(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the embedding, shape (768,), of an array from `preprocess`.
 
         One image at a time: ONNX Runtime derives the scales of the quantized activations from a whole

@@ -22,8 +22,10 @@ def clip_path() -> Path:
 
     try:
         # hf_hub_download alone would retry for minutes if nothing answers.
-        get_hf_file_metadata(hf_hub_url(REPOSITORY, FILE_NAME), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return Path(hf_hub_download(REPOSITORY, FILE_NAME, local_dir=cache_folder()))
+        # Without the user's token, which a public file does not need.
+        url, timeout = hf_hub_url(REPOSITORY, FILE_NAME), constants.HF_HUB_ETAG_TIMEOUT
+        get_hf_file_metadata(url, token=False, timeout=timeout)
+        return Path(hf_hub_download(REPOSITORY, FILE_NAME, token=False, local_dir=cache_folder()))
     except Exception as error:  # of the hub, of its HTTP client, of the file system
         raise ImageSearchError(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): connect to the internet"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from imagesearch.errors import UsageError
-from imagesearch.paths import quote_path
+from imagesearch.locations import quote_path
 
 
 def load(path: Path) -> Any:

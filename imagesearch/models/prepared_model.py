@@ -13,8 +13,8 @@ import onnxruntime
 from imagesearch.console import say
 from imagesearch.errors import UsageError
 from imagesearch.files import atomic_write, cache_folder, stream_sha256
+from imagesearch.locations import path_to_text
 from imagesearch.parallel import available_cpus
-from imagesearch.paths import path_to_text
 
 PROBE_NAME = "probe.onnx"
 REWRITE_VERSION = 3  # increment it if the rewrite changes

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import posixpath
 import re
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,18 +15,24 @@ import obstore
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
+from imagesearch.console import say_now_and_then
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.images import image_extensions
-from imagesearch.paths import quote_path
-from imagesearch.records import ImageFile, OpenedImage, Skipped, Unreadable
-from imagesearch.sources import MAX_CONTENT_BYTES, check_size, content_memory
+from imagesearch.locations import quote_path
+from imagesearch.records import ImageFile, ListingReport, OpenedImage, Unreadable
+from imagesearch.sources.memory import MAX_CONTENT_BYTES, check_size, content_memory
 
 LISTED_TOGETHER = 1000
 READERS = 64  # objects that are read at once, however many CPUs there are
+POLL_SECONDS = 0.5
+SILENT_SECONDS = 10  # after which a store that does not answer is mentioned
 # Obstore's own limit of 30 seconds for a request is too short for many large objects at once. Plain http is used only
 # if the endpoint's URL says so.
 CLIENT_OPTIONS: Any = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "10m", "allow_http": True}
-RETRIES_OF_A_RUN, RETRIES_OF_A_QUERY = 20, 2  # with waits of 8 seconds, 20 last two minutes
+RETRY_SECONDS_OF_A_RUN, RETRY_SECONDS_OF_A_QUERY = 120, 5
+# Each wait is drawn at random between the first one and `base` times the last; with base 2 they would shrink.
+BACKOFF = {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 3}
+MAX_RETRIES = 1000  # never reached: the time is the limit
 
 CREDENTIALS_HINT = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, and AWS_ENDPOINT_URL unless it is AWS",
@@ -37,27 +45,28 @@ OBSTORE_ERRORS = (BaseError, OSError, ValueError)
 class BucketSource:
     """A `Source` of the objects below a URL such as ``s3://birds/photos``; prefixes are its folders."""
 
-    readers_per_cpu = 2.0  # reading is mostly waiting
-
     def __init__(self, url: str) -> None:
-        self._bucket_url, self._prefix = _split_url(url)
+        self._bucket_url, self._prefix = split_url(url)
         self.name = f"{self._bucket_url}/{self._prefix}".rstrip("/")
-        self._store = _open_store(self._bucket_url, RETRIES_OF_A_RUN)
+        self._store = _open_store(self._bucket_url, RETRY_SECONDS_OF_A_RUN)
         self._readers = ThreadPoolExecutor(READERS)
         self._unreachable: ImageSearchError | None = None
         # With few retries, so that a wrong address is reported soon.
-        next(self._list(_open_store(self._bucket_url, RETRIES_OF_A_QUERY), 1), None)
+        next(self._list(_open_store(self._bucket_url, RETRY_SECONDS_OF_A_QUERY), 1), None)
 
-    def find_images(self) -> Iterator[ImageFile | Skipped | Unreadable]:
+    def buffered_bytes(self, image: ImageFile) -> int:
+        return min(image.size, MAX_CONTENT_BYTES)
+
+    def find_images(self, report: ListingReport) -> Iterator[ImageFile]:
         for meta in self._list(self._store, LISTED_TOGETHER):
             key = meta["path"]
             extension = posixpath.splitext(key)[1].lower()
             if any(part.startswith(".") for part in key.removeprefix(self._prefix).split("/")):
-                yield Skipped("hidden")
+                report.count_skipped("hidden")
             elif extension not in image_extensions():
-                yield Skipped(quote_path(extension) if extension else "without extension")
+                report.count_skipped(quote_path(extension) if extension else "without extension")
             elif meta["size"] == 0:  # some tools make such objects as folders; obstore drops the slash at their end
-                yield Skipped("empty object")
+                report.count_skipped("empty object")
             else:
                 desc = posixpath.basename(posixpath.dirname(key)) or self._bucket_url.rpartition("/")[2]
                 file_path, mtime = f"{self._bucket_url}/{key}", _mtime(meta["last_modified"])
@@ -80,58 +89,78 @@ class BucketSource:
         return _explain(error, self._bucket_url)
 
     @contextlib.contextmanager
-    def open_images(self, images: Sequence[ImageFile]) -> Iterator[list[OpenedImage | Unreadable]]:
-        def read(image: ImageFile) -> OpenedImage | Unreadable:
-            if self._unreachable:  # by now: each object would be retried for two minutes
-                raise self._unreachable
-            try:
-                return _read(self._store, self._bucket_url, image.location)
-            except OBSTORE_ERRORS as error:
-                if _is_unreachable(error):
-                    self._unreachable = _explain(error, self._bucket_url)
-                    raise self._unreachable from None
-                return Unreadable(image.file_path, _short_reason(error))
-
+    def open_images(self, images: Sequence[ImageFile]) -> Iterator[tuple[list[OpenedImage], list[Unreadable]]]:
         # All at once: if each object were to wait for room, two chunks could wait for each other.
-        with content_memory.reserve(sum(min(image.size, MAX_CONTENT_BYTES) for image in images)):
-            yield list(self._readers.map(read, images))
+        with content_memory.reserve(sum(map(self.buffered_bytes, images))):
+            reads = [self._readers.submit(self._read, image) for image in images]
+            waiting, answered_at = set(reads), time.monotonic()
+            while waiting:
+                done, waiting = wait(waiting, POLL_SECONDS)
+                if self._unreachable:  # without waiting for the others, which would be retried for two minutes
+                    raise self._unreachable
+                if done:
+                    answered_at = time.monotonic()
+                elif time.monotonic() - answered_at > SILENT_SECONDS:
+                    say_now_and_then(f"Retrying requests to {self._bucket_url}: no answer yet.")
+            results = [read.result() for read in reads]
+            yield (
+                [result for result in results if isinstance(result, OpenedImage)],
+                [result for result in results if isinstance(result, Unreadable)],
+            )
 
-    def exists(self, file_path: str) -> bool:
+    def _read(self, image: ImageFile) -> OpenedImage | Unreadable | None:
+        if self._unreachable:  # by now
+            return None
         try:
-            obstore.head(self._store, file_path.removeprefix(self._bucket_url + "/"))
-        except FileNotFoundError:
-            return False
-        except OBSTORE_ERRORS:
-            return True
-        return True
+            return _read(self._store, image.location, image)
+        except OBSTORE_ERRORS as error:
+            if _is_unreachable(error):
+                self._unreachable = _explain(error, self._bucket_url)
+                return None
+            return Unreadable(image.file_path, _short_reason(error))
 
 
 @contextlib.contextmanager
-def open_object(url: str) -> Iterator[OpenedImage]:
-    """Yields the object with this URL. Raises OSError, ValueError or ImageSearchError if it cannot be read."""
-    bucket_url, key = _split_url(url)
-    store = _open_store(bucket_url, RETRIES_OF_A_QUERY)
+def open_object(image: ImageFile) -> Iterator[OpenedImage]:
+    """Yields the object whose URL is the image's location.
+
+    Raises OSError, ValueError or ImageSearchError if it cannot be read.
+    """
+    bucket_url, key = split_url(image.location)
+    store = _open_store(bucket_url, RETRY_SECONDS_OF_A_QUERY)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(content_memory.reserve(min(obstore.head(store, key)["size"], MAX_CONTENT_BYTES)))
-            image = _read(store, bucket_url, key)
+            opened = _read(store, key, image)
         except FileNotFoundError as error:
+            _check_bucket(store, bucket_url)
             raise FileNotFoundError(_short_reason(error)) from None
         except OBSTORE_ERRORS as error:
             if _is_unreachable(error) or isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
                 raise _explain(error, bucket_url) from None
             raise OSError(_short_reason(error)) from None
-        yield image
+        yield opened
 
 
-def _read(store: Any, bucket_url: str, key: str) -> OpenedImage:
+def _check_bucket(store: Any, bucket_url: str) -> None:
+    """Raises UsageError if there is no such bucket, which the response to HEAD for an object does not tell."""
+    try:
+        next(iter(obstore.list(store, chunk_size=1)), None)
+    except OBSTORE_ERRORS as error:
+        if "NoSuchBucket" in str(error):
+            raise _explain(error, bucket_url) from None
+
+
+def _read(store: Any, key: str, image: ImageFile) -> OpenedImage:
     result = obstore.get(store, key)
-    check_size(result.meta["size"])
-    return OpenedImage.from_memory(f"{bucket_url}/{key}", bytes(result.bytes()), _mtime(result.meta["last_modified"]))
+    size = result.meta["size"]
+    check_size(size)
+    image = replace(image, size=size, mtime=_mtime(result.meta["last_modified"]))
+    return OpenedImage.from_memory(image, bytes(result.bytes()))
 
 
-def _split_url(url: str) -> tuple[str, str]:
-    """Returns the bucket's URL and the key or prefix after it, which is not percent-encoded."""
+def split_url(url: str) -> tuple[str, str]:
+    """Returns the bucket's URL and the key or prefix after it, which is not percent-encoded. Raises UsageError."""
     match = re.fullmatch(r"(\w+)://([A-Za-z0-9$][A-Za-z0-9._-]*)(?:/(.*))?", url, re.DOTALL | re.ASCII)
     if not match:  # not echoed: it may hold a password
         raise UsageError("The URL of a bucket must look like s3://bucket/folder, without a user, port, ? or #.")
@@ -139,10 +168,9 @@ def _split_url(url: str) -> tuple[str, str]:
 
 
 @functools.cache
-def _open_store(bucket_url: str, max_retries: int) -> Any:
+def _open_store(bucket_url: str, retry_seconds: int) -> Any:
     """Returns the store, configured by the usual environment variables. Raises UsageError."""
-    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2}
-    retry: Any = {"max_retries": max_retries, "retry_timeout": timedelta(minutes=2), "backoff": backoff}
+    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=retry_seconds), "backoff": BACKOFF}
     try:
         return from_url(bucket_url, client_options=CLIENT_OPTIONS, retry_config=retry)
     except OBSTORE_ERRORS as error:
@@ -159,8 +187,9 @@ def _mtime(last_modified: datetime) -> int:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Returns True if the store gave no answer, and so will not for other objects either."""
-    return isinstance(error, GenericError) and "status code" not in str(error)
+    """Returns True if the store gave no answer, or is overloaded, and so will not for other objects either."""
+    status = re.search(r"status code: (\d{3})", str(error))
+    return isinstance(error, GenericError) and (status is None or status[1] in ("429", "502", "503", "504"))
 
 
 def _explain(error: Exception, bucket_url: str) -> ImageSearchError:
