@@ -25,8 +25,8 @@ from imagesearch.index.connection import get_connection
 from imagesearch.locations import kind_of, quote_path
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import batch_until_error, make_chunks, map_buffered
-from imagesearch.queries import Query, find_queries, open_query
 from imagesearch.records import BATCH_SIZE, Embedding, ModelInfo, OpenedImage, Search
+from imagesearch.sources.queries import Query, find_queries, open_query
 
 if TYPE_CHECKING:
     from imagesearch.results_page import Page

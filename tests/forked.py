@@ -18,7 +18,7 @@ import PIL
 LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
 LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec"]
 LIBRARIES += ["jinja2", "tqdm", *(f"PIL.{plugin}" for plugin in PIL._plugins)]
-MODULES = ["arguments", "gone", "progress", "queries", "results_page", "sources.bucket", "sources.folder"]
+MODULES = ["arguments", "gone", "progress", "sources.queries", "results_page", "sources.bucket", "sources.folder"]
 MODULES += ["sources.web", "index.elasticsearch", "index.sqlite", "models.clip", "models.int8"]
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as imagesearch/start.py does, before numpy is imported

@@ -165,6 +165,8 @@ def test_one_bad_object_is_one_line(local_scripts_on_s3: Scripts, bucket: Bucket
     assert done.returncode == 1
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert first["error"]["reason"] == f"Cannot read {bucket.url}/gone.png: no such object"
+    done = local_scripts_on_s3.run("search.py", "s3://no-such-bucket-here/a.jpg")
+    assert "There is no bucket s3://no-such-bucket-here" in done.stderr
     assert second["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
     assert "There is no bucket s3://no-such-bucket-here" in third["error"]["reason"]
 
@@ -183,6 +185,12 @@ def test_the_page_shows_hits_in_a_bucket_without_linking_them(local_scripts_on_s
     bucket.put({f"photos/{seed}.png": png(seed, (60, 40)) for seed in range(5)})
     local_scripts_on_s3.create("--images", bucket.url)
     bucket.delete("photos/4.png")
+    (local_scripts_on_s3.folder / "new.png").write_bytes(png(3))
+    shown = {}
+    for options in ((), ("--images", bucket.url)):  # an index of somebody else's does not choose what is read
+        local_scripts_on_s3.search("new.png", "-k", 5, "--html", "page.html", *options)
+        shown[options] = (local_scripts_on_s3.folder / "page.html").read_text().count('role="img"')
+    assert list(shown.values()) == [1, 5]
     local_scripts_on_s3.search(f"{bucket.url}/photos/3.png", "-k", 5, "--html", "page.html")
     html = (local_scripts_on_s3.folder / "page.html").read_text()
     assert html.count('role="img"') == 1 + 4 and html.count("4.png is gone") == 1
@@ -209,9 +217,13 @@ def test_a_store_that_goes_away_and_comes_back_loses_nothing(
     assert counts(stderr) == {"new": 1000}
 
 
-def through(web: HTTPServer, scripts: Scripts) -> list[str]:
-    """Makes `web` a proxy in front of S3 that does what other stores do; the objects that are read."""
+def through(web: HTTPServer, scripts: Scripts, overloaded_seconds: float = 0) -> list[str]:
+    """Makes `web` a proxy in front of S3 that does what other stores do; the objects that are read.
+
+    From the first one on, it is overloaded for some seconds.
+    """
     endpoint, read = scripts.environment["AWS_ENDPOINT_URL"], list[str]()
+    first_read_at: list[float] = []
 
     def handle(request: Request) -> Response:
         headers = {name: value for name, value in request.headers.items() if name not in ("Content-Length",)}
@@ -220,6 +232,9 @@ def through(web: HTTPServer, scripts: Scripts) -> list[str]:
         # As IBM Cloud Object Storage, MinIO and Google list it; the response to GET has whole seconds.
         content = re.sub(rb"(<LastModified>[^<.]*)(\.\d+)?Z", rb"\1.006Z", answer.content)
         if request.method == "GET" and request.path.endswith(".png"):
+            first_read_at.append(time.monotonic())
+            if time.monotonic() - first_read_at[0] < overloaded_seconds:
+                return Response("<Error><Code>SlowDown</Code></Error>", 503)
             read.append(request.path)
         if request.path.endswith("/encrypted.png"):  # with a key of the customer's
             return Response("<Error><Code>InvalidRequest</Code></Error>", 400)
@@ -244,7 +259,8 @@ def test_objects_are_unchanged_although_the_store_lists_milliseconds(
     assert counts(local_scripts_on_s3.create("--images", bucket.url)) == {"new": 3}
     assert len(read) == 3
     assert counts(local_scripts_on_s3.create("--images", bucket.url)) == {"unchanged": 3}
-    assert len(read) == 3
+    lines = local_scripts_on_s3.search(bucket.url, "--exclude-self")  # nor are they opened to search for them
+    assert len(lines) == len(read) == 3
 
 
 def test_an_object_that_the_store_refuses_is_one_unreadable_image(
@@ -279,6 +295,17 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     stored = scripts.count()
     assert counts(stderr)["new"] == stored < 1000
     assert counts(scripts.create("--images", bucket.url)) == {"new": 1000 - stored, "unchanged": stored}
+
+
+def test_a_store_that_is_overloaded_for_20_seconds_loses_nothing(
+    local_scripts_on_s3: Scripts, bucket: Bucket, web: HTTPServer
+) -> None:
+    """With HTTP 503, as S3 has it for who is too fast."""
+    bucket.put({f"{number}.png": png(number) for number in range(100)})
+    through(web, local_scripts_on_s3, overloaded_seconds=20)
+    stderr = local_scripts_on_s3.create("--images", bucket.url)
+    assert counts(stderr) == {"new": 100}
+    assert f"Retrying requests to {bucket.url}: no answer yet." in stderr
 
 
 def test_ctrl_c_ends_a_run_whose_store_is_silent(local_scripts_on_s3: Scripts, web: HTTPServer) -> None:

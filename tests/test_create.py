@@ -1,8 +1,10 @@
 """create.py as a user runs it, on the local file and on a real Elasticsearch over TLS."""
 
+import contextlib
 import os
 import re
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,61 @@ def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictu
     assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
     scripts.search("images/1.png", "-k", 5, "--html", "page.html")
     assert (scripts.folder / "page.html").read_text().count('role="img"') == 6
+
+
+def test_a_project_that_is_copied_is_complete(scripts_on_file: Scripts, picture: Picture) -> None:
+    """The names of a local index belong to the folder of its file, though the first project is still there."""
+    scripts, home = scripts_on_file, scripts_on_file.folder
+    for number in range(6):
+        picture(f"project/images/{number}.png", size=(8, 8), seed=number)
+    scripts.folder = home / "project"
+    scripts.create()
+    scripts.folder = Path(shutil.copytree(home / "project", home / "copy"))
+    (scripts.folder / "images" / "0.png").unlink()
+    assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
+
+
+def test_an_older_index_is_used_unless_its_names_would_be_wrong(scripts_on_file: Scripts, picture: Picture) -> None:
+    """It recorded the working directory, and may be elsewhere itself."""
+    scripts = scripts_on_file
+    picture("images/a.png")
+    scripts.create()
+    with contextlib.closing(sqlite3.connect(scripts.database)) as database:
+        database.execute("PRAGMA user_version = 3")
+        database.execute("UPDATE metadata SET record = json_set(record, '$.folder', ?)", [str(scripts.folder)])
+        database.commit()
+    assert counts(scripts.create()) == {"unchanged": 1}
+    (scripts.folder / "elsewhere").mkdir()
+    moved = scripts.database.rename(scripts.folder / "elsewhere" / "moved.db")
+    assert "its names are relative to" in scripts.run("search.py", "images/a.png", "--db", moved).stderr
+
+
+def test_a_linked_folder_has_one_name(
+    scripts: Scripts, picture: Picture, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever folder it was reached from: the way to it, links as they are."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for number in range(3):
+        picture(f"there/{number}.png", seed=number).rename(elsewhere / f"{number}.png")
+    (scripts.folder / "images").mkdir()
+    (scripts.folder / "images" / "pics").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(scripts.folder / "images")
+    assert counts(scripts.create()) == {"new": 3}
+    assert counts(scripts.create("--images", "images/pics")) == {"unchanged": 3}
+    assert scripts.paths() == [f"./images/pics/{number}.png" for number in range(3)]
+    lines = scripts.search("images/pics", "images/pics/1.png", "--exclude-self")
+    assert [line["image"] for line in lines] == [*scripts.paths(), "images/pics/1.png"]
+    assert all(line["hits"]["max_score"] < 0.999 for line in lines)
+
+
+def test_a_model_that_was_moved_is_recorded(scripts: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png")
+    scripts.model = str(averaging_model(scripts.folder / "model.onnx"))
+    scripts.create()
+    scripts.model = str(Path(scripts.model).rename(scripts.folder / "moved.onnx"))
+    scripts.create()
+    Image.new("RGB", (9, 9), "red").save(scripts.folder / "new.png")
+    assert scripts.hits("new.png")[0]["fields"]["file_path"] == [f"./{path.relative_to(scripts.folder)}"]
 
 
 def test_an_index_is_used_from_another_folder(scripts: Scripts, picture: Picture) -> None:

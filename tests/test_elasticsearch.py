@@ -25,7 +25,7 @@ from imagesearch.models import Thumbnail
 from imagesearch.records import PREPROCESSING, Document, ImageFile, Search
 from tests.certificates import CA
 from tests.pictures import Picture, averaging_model
-from tests.running import Scripts, counts, environment
+from tests.running import Scripts, counts, environment, patched
 from tests.server import ROLES, ROOT, Elasticsearch
 from tools.embeddings import SHAPES, nearest, recall
 from tools.neighbors import load_index, numbers
@@ -332,6 +332,11 @@ def test_a_port_without_tls_is_reported_as_such(scripts_on_file: Scripts, web: H
     assert "If that port does not use TLS, ES_URL must begin with http://" in line
 
 
+def test_an_index_in_es_url_is_reported_as_such(scripts_on_elasticsearch: Scripts) -> None:
+    line = scripts_on_elasticsearch.fail(1, ES_URL=f"{scripts_on_elasticsearch.environment['ES_URL']}/images")
+    assert "If ES_URL ends with the name of an index, leave that out" in line
+
+
 REDIRECT = Response("", 302, {"Location": "https://admin:hunter2@db.example.com:9243/?token=hunter2"})
 
 
@@ -374,6 +379,24 @@ def test_a_missing_shard_is_said_and_is_no_empty_index(
     done = scripts.run("search.py", path, ES_URL=web.url_for("").rstrip("/"))
     assert done.returncode == 1 and done.stdout.count("\n") == 1
     assert "some shards failed or timed out" in done.stderr and "is empty" not in done.stderr
+
+
+def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
+    """As when the disks are nearly full."""
+    scripts, path = scripts_on_elasticsearch, picture("images/a.png")
+    patch = "import imagesearch.index.elasticsearch as e\ne.ACTIVE_SHARD_TIMEOUT = '1s'\n"
+    patch += "e.RETRY_MINUTES = e.RETRY_MINUTES.new(total=1)\n"
+    settings = {"index.routing.allocation.require._name": "nope"}
+    template = {"index_patterns": [scripts.index], "template": {"settings": settings}}
+    scripts.request("PUT", f"_index_template/{scripts.index}", template)
+    try:
+        for _ in range(2):  # a new index, then one that is there
+            stderr = scripts.create(code=1, **patched(scripts.folder, patch))
+            assert f"The index {scripts.index} has no active shard 0: " in stderr and "ES_URL" not in stderr
+    finally:
+        scripts.request("DELETE", f"_index_template/{scripts.index}")
+    done = scripts.run("search.py", path)
+    assert done.returncode == 1 and "has no active shard 0" in done.stderr
 
 
 def test_insecure_goes_on_without_the_ca_and_says_so(

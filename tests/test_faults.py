@@ -353,6 +353,20 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(
     assert {130, -signal.SIGINT} & set(codes)
 
 
+def test_an_interrupted_run_leaves_no_journal(scripts_on_file: Scripts, many_images: Path) -> None:
+    """Which SQLite would roll into another file that takes the place of this one."""
+    scripts = scripts_on_file
+    scripts.folder, scripts.home = many_images, scripts.folder
+    for number in range(8):
+        process = scripts.start("create.py")
+        wait_until(lambda: process.poll() is not None or scripts.count() > 100)  # noqa: B023
+        time.sleep(0.003 * number)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() in (143, 0)
+        assert not list(scripts.home.glob("*-journal"))
+        scripts.database.unlink()
+
+
 def test_ctrl_c_is_no_error_if_stderr_is_closed(scripts_on_file: Scripts, many_images: Path) -> None:
     """As with `2>&1 | tee log`, which the same Ctrl-C ends first."""
     scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
@@ -416,6 +430,29 @@ def test_another_database_is_refused_and_left_alone(setup: list[str], line: str,
     content = scripts_on_file.database.read_bytes()
     assert line in scripts_on_file.fail(2)
     assert scripts_on_file.database.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE images SET embedding = zeroblob(12)",
+        "UPDATE images SET file_path = CAST(x'2e2fff' AS TEXT)",
+        "UPDATE metadata SET record = '{'",
+        "ALTER TABLE images RENAME TO real_images; CREATE VIEW images AS SELECT * FROM real_images",
+    ],
+)
+def test_a_damaged_or_hostile_index_is_reported_in_one_line(
+    damage: str, scripts_on_file: Scripts, picture: Picture
+) -> None:
+    for number in range(3):
+        picture(f"images/{number}.png", seed=number)
+    scripts_on_file.create()
+    with contextlib.closing(sqlite3.connect(scripts_on_file.database)) as database:
+        database.executescript(damage)
+    for queries in (["images/1.png"], ["images"]):
+        done = scripts_on_file.run("search.py", *queries)
+        assert done.returncode in (1, 2) and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert scripts_on_file.database.name in done.stderr
 
 
 def test_a_truncated_index_is_reported_in_one_line(scripts_on_file: Scripts, picture: Picture) -> None:

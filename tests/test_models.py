@@ -159,9 +159,12 @@ print(*({{"huggingface_hub", "transformers", "sklearn"}} & set(sys.modules)))
     return subprocess.run(command, env=hub, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_clip_is_downloaded_once_and_then_found_without_the_hub(hub: dict[str, str], tmp_path: Path) -> None:
+def test_clip_is_downloaded_once_and_then_found_without_the_hub(
+    hub: dict[str, str], web: HTTPServer, tmp_path: Path
+) -> None:
     sha256 = hashlib.sha256((tmp_path / "hub.onnx").read_bytes()).hexdigest()
-    assert load_in_a_process(hub).stdout == f"{sha256}\nhuggingface_hub\n"
+    assert load_in_a_process(hub | {"HF_TOKEN": "hf_secret"}).stdout == f"{sha256}\nhuggingface_hub\n"
+    assert web.log and not any("Authorization" in request.headers for request, _ in web.log)
     assert load_in_a_process(hub | {"HF_ENDPOINT": "http://127.0.0.1:9"}).stdout == f"{sha256}\n\n"
 
 

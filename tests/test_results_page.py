@@ -1,9 +1,11 @@
 """The page of results, in a real browser: it renders, asks nobody for anything, and escapes what it shows."""
 
+import contextlib
 import io
 import os
 import re
 import shutil
+import sqlite3
 import struct
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from playwright.sync_api import Page as BrowserPage
 
 from imagesearch import results_page
 from imagesearch.locations import path_to_text
-from imagesearch.queries import find_queries, open_query
+from imagesearch.sources.queries import find_queries, open_query
 from tests.pictures import Picture, image
 from tests.running import Scripts
 
@@ -265,6 +267,43 @@ def test_a_page_is_replaced_by_a_page_and_kept_if_no_query_could_be_answered(
     done = scripts_on_file.run("search.py", "missing.png", "--html", "page.html")
     assert done.returncode == 1 and "page of results" not in done.stderr
     assert (scripts_on_file.folder / "page.html").read_bytes() == before
+
+
+def test_an_index_of_somebody_elses_does_not_choose_what_is_read(scripts_on_file: Scripts, picture: Picture) -> None:
+    path = picture("images/a.png", seed=1)
+    scripts_on_file.create()
+    secret = picture("secret.png", seed=2).rename(scripts_on_file.folder / "secret.txt")
+    names = [str(secret), "-", "s3://birds/secret.png", "http://127.0.0.1:9/a.png", "./images/../secret.txt"]
+    with contextlib.closing(sqlite3.connect(scripts_on_file.database)) as database:
+        for number, name in enumerate(names):
+            copy = 'INSERT INTO images SELECT ?, ?, "desc", size, mtime, sha256, embedding FROM images LIMIT 1'
+            database.execute(copy, [str(number), name])
+        database.commit()
+    scripts_on_file.search(path, "-k", 9, "--html", "page.html")
+    html = (scripts_on_file.folder / "page.html").read_text()
+    assert html.count('role="img"') == 2  # the query, and its document
+    assert html.count("is not shown") == 4 and html.count("is gone") == 1
+
+
+def test_a_page_of_many_has_each_preview_once_and_leads_from_hit_to_hit(
+    scripts_on_file: Scripts, picture: Picture, browser_page: Any
+) -> None:
+    for number in range(40):
+        picture(f"images/{number:02}.png", seed=number // 2)  # in pairs
+    scripts_on_file.create()
+    scripts_on_file.search("images", "--exclude-self", "-k", 12, "--html", "page.html")
+    assert (scripts_on_file.folder / "page.html").read_text().count("data:image/webp;base64,") == 20 * 2
+    browser_page.goto((scripts_on_file.folder / "page.html").as_uri())
+    assert browser_page.locator("section").count() == 40 and browser_page.noise == []
+    link = browser_page.locator("section").first.locator("li").first.get_by_role("link", name="its nearest")
+    link.click()
+    assert browser_page.url.endswith("#query-2")
+    picture("images/alone.png", seed=99)
+    scripts_on_file.create()
+    scripts_on_file.search("images", "--exclude-self", "--min-score", "0.999", "--html", "page.html")
+    html = (scripts_on_file.folder / "page.html").read_text()
+    assert html.count("<section") == 40
+    assert "No image with a score of at least 0.999: 1 query is left out." in html
 
 
 # Previews

@@ -303,6 +303,48 @@ def test_names_in_the_json_are_as_they_are(scripts_on_file: Scripts, picture: Pi
     assert "./images/Vögel/Kohlmeise.png" in scripts_on_file.run("search.py", "images/Vögel/Kohlmeise.png").stdout
 
 
+def test_no_name_controls_a_terminal(scripts: Scripts, picture: Picture) -> None:
+    """Not DEL, a C1 control or a character that turns text around; the JSON is the same."""
+    name = "a\x9b31m\u202eb\x7f\u2066.png"
+    path = picture(f"images/{name}")
+    scripts.create()
+    done = scripts.run("search.py", path, "missing\u202e.png")
+    assert not re.search("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", done.stdout + done.stderr)
+    found = json.loads(done.stdout.splitlines()[0])
+    assert found["hits"]["hits"][0]["fields"]["file_path"] == [f"./images/{name}"]
+
+
+def test_a_listed_image_that_is_unchanged_is_not_opened(scripts: Scripts, bird_images: list[Path]) -> None:
+    """Its stored embedding is used; one whose time has changed is opened."""
+    scripts.create()
+    before = scripts.search("images", "-k", 3)
+    for path in bird_images:
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))  # which nobody could embed
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [line["hits"] for line in scripts.search("images", "-k", 3)] == [line["hits"] for line in before]
+    os.utime(bird_images[3])
+    done = scripts.run("search.py", "images/Bald_Eagle")
+    assert done.returncode == 1
+    assert re.findall("Cannot read (.*): not an image", done.stderr) == ["./images/Bald_Eagle/3.png"]
+
+
+def test_a_folder_is_searched_in_the_order_of_names(scripts_on_file: Scripts, picture: Picture) -> None:
+    names = ["a.png", "b/1.png", "b/10.png", "b/2.png", "c/d/1.png", "z.png"]
+    for name in reversed(names):
+        picture(f"images/{name}")
+    scripts_on_file.create()
+    expected = ["a.png", "z.png", *names[1:5]]  # a folder's own images first
+    assert [line["image"] for line in scripts_on_file.search("images")] == [f"./images/{name}" for name in expected]
+
+
+def test_words_are_no_picture(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    scripts_on_file.create()
+    done = scripts_on_file.run("search.py", "golden retriever")
+    assert done.returncode == 1 and "does not search by words" in done.stderr
+
+
 def test_a_query_scores_by_the_cosine(scripts: Scripts, picture: Picture) -> None:
     paths = [picture(f"images/{seed}.png", seed=seed) for seed in range(12)]
     scripts.create()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagesearch.errors import UsageError
-from imagesearch.index.connection import Connection
-from imagesearch.queries import without_credentials
+from imagesearch.index.connection import Connection, get_connection
+from imagesearch.sources.queries import without_credentials
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, wait_until
 
@@ -143,6 +143,19 @@ def test_what_cannot_be_an_address_is_reported_in_one_line_without_the_password(
     with pytest.raises(UsageError, match="ES_URL") as error:
         connect(url)
     assert "hunter2" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_password_on_a_network_in_the_clear_is_warned_of(capfd: pytest.CaptureFixture[str]) -> None:
+    for url, warned in (
+        ("http://u:p@db:1", 1),
+        ("http://u:p@127.0.0.1:1", 0),
+        ("https://u:p@db:1", 0),
+        ("http://db", 0),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ES_URL", url)
+            get_connection(insecure=False)
+        assert capfd.readouterr().err.count("anyone on the network can read the password") == warned
 
 
 def test_the_certificate_file_must_be_one(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Images to search for from the web, and from standard input."""
 
+import gzip
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from werkzeug import Request, Response
 
 from imagesearch.records import ImageFile
 from imagesearch.sources import memory
+from imagesearch.sources import web as web_source
 from imagesearch.sources.web import open_url
 from tests.conftest import Bucket
 from tests.pictures import png
@@ -98,13 +102,48 @@ def test_a_url_that_cannot_be_is_one_line(
     assert not re.search("hunter2|ter2", done.stdout + done.stderr)
 
 
+def at(web: HTTPServer, path: str) -> ImageFile:
+    return ImageFile(web.url_for(path), "", "", 0, 0)
+
+
 def test_a_download_has_a_size_limit_whatever_the_server_says(web: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MAX_CONTENT_BYTES", 3_000_000)
     web.expect_request("/large").respond_with_handler(lambda _: Response(bytes(65536) for _ in range(10_000)))
     started = time.monotonic()
-    with pytest.raises(ValueError, match="more than 3 MB"), open_url(ImageFile(web.url_for("/large"), "", "", 0, 0)):
+    with pytest.raises(ValueError, match="more than 3 MB"), open_url(at(web, "/large")):
         pass
     assert time.monotonic() - started < 5
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_left(web: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two minutes; here after one second."""
+    monkeypatch.setattr(web_source, "DOWNLOAD_TIMEOUT_SECONDS", 1)
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x"
+            time.sleep(0.1)
+
+    web.expect_request("/drip").respond_with_handler(lambda _: Response(drip()))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="it takes more than 1 seconds"), open_url(at(web, "/drip")):
+        pass
+    assert time.monotonic() - started < 5
+
+
+def test_what_may_become_larger_reserves_the_most(web: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = gzip.compress(png(1))
+    web.expect_request("/a.png").respond_with_data(content, headers={"Content-Encoding": "gzip"})
+    reserved = list[int]()
+
+    def reserve(size: int) -> nullcontext[None]:
+        reserved.append(size)
+        return nullcontext()
+
+    monkeypatch.setattr(memory.content_memory, "reserve", reserve)
+    with open_url(at(web, "/a.png")) as opened:
+        assert opened.stream.read() == png(1)
+    assert reserved == [memory.MAX_CONTENT_BYTES]
 
 
 def test_an_empty_standard_input_is_reported(scripts_with_one_image: Scripts) -> None:

@@ -176,7 +176,8 @@ class SqliteIndex:
         query = """SELECT sha256, embedding FROM images WHERE sha256 IN (SELECT value FROM json_each(?))
                    GROUP BY sha256"""
         rows = self._select(query, (json.dumps(sha256s),))
-        return {sha256: np.frombuffer(embedding, np.float32) for sha256, embedding in rows}
+        with self._explain_errors():  # a blob may be of another size
+            return {sha256: np.frombuffer(embedding, np.float32, DIMENSIONS) for sha256, embedding in rows}
 
     def write(self, documents: Sequence[Document]) -> list[Document]:
         insert = """INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE
@@ -237,7 +238,7 @@ class SqliteIndex:
                     for search, rowids in zip(searches, candidates, strict=True)
                 ]
             milliseconds = (time.perf_counter() - started) * 1000 / len(searches)
-        return [self._response(rows, search, milliseconds) for rows, search in zip(found, searches, strict=True)]
+            return [self._response(rows, search, milliseconds) for rows, search in zip(found, searches, strict=True)]
 
     def _ranges(self) -> list[tuple[int, int]]:
         """Returns ranges of rowids, both ends included, one for each CPU that is worth using."""

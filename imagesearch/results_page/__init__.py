@@ -27,9 +27,9 @@ from imagesearch.files import atomic_write
 from imagesearch.images import image_extensions, open_rgb
 from imagesearch.locations import kind_of, local_path, quote_path
 from imagesearch.parallel import available_cpus, map_buffered
-from imagesearch.queries import Query, open_query
 from imagesearch.records import ImageFile, OpenedImage
 from imagesearch.sources.folder import open_file
+from imagesearch.sources.queries import Query, open_query
 
 PREVIEW_SIZE = 320  # pixels of a preview's longer side, at most
 PREVIEW_QUALITY = 75
