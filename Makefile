@@ -13,7 +13,7 @@ help:
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
 	@echo 'make neighbors  measure recall on a real Elasticsearch, and write build/neighbors.md'
-	@echo 'make pin        compile requirements*.in to requirements*.txt, every version pinned'
+	@echo 'make pin        compile requirements*.in to requirements*.txt, with the version and the hashes of every package'
 	@echo 'make clean      remove .venv and build'
 
 demo: $(VENV)/installed
@@ -41,10 +41,11 @@ UNUSED := transformers tokenizers safetensors regex typer shellingham rich pygme
     annotated-doc annotated-types pydantic pydantic-core typing-inspection \
     scikit-learn scipy joblib cloudpickle narwhals threadpoolctl
 
+COMPILE := uv pip compile --universal --python-version 3.11 --generate-hashes --quiet --upgrade --custom-compile-command "make pin"
+
 pin: $(VENV)/installed-dev
-	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade --custom-compile-command "make pin" \
-	    $(UNUSED:%=--no-emit-package %) requirements.in -o requirements.txt
-	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --upgrade --custom-compile-command "make pin" requirements-dev.in -o requirements-dev.txt
+	$(BIN)/$(COMPILE) $(UNUSED:%=--no-emit-package %) requirements.in -o requirements.txt
+	$(BIN)/$(COMPILE) requirements-dev.in -o requirements-dev.txt
 
 clean:
 	rm -rf .venv build

@@ -318,8 +318,10 @@ def test_make_demo_says_what_it_does_and_leaves_the_users_files_alone(tmp_path: 
 
 
 def pins(name: str) -> set[str]:
-    lines = (ROOT / name).read_text().splitlines()
-    requirements = {line for line in lines if line and not line.lstrip().startswith("#")}
+    """The requirements of a compiled file, each with its version and at least one hash."""
+    text = re.sub(r"^ *#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE).replace("\\\n", "")
+    requirements = {re.sub(r" +--hash=sha256:[0-9a-f]{64}", "", line).strip() for line in text.splitlines()}
+    assert text.count("--hash=sha256:") >= len(requirements) == len(text.splitlines())
     assert all(re.match(r"[\w.-]+==[\w.]+( ; .+)?$", line) for line in requirements)
     return requirements
 
