@@ -1,6 +1,7 @@
 """Running the two scripts as a user does, and what they say."""
 
 import hashlib
+import importlib
 import json
 import os
 import pty
@@ -26,7 +27,25 @@ from imagesearch.records import document_id
 from tests import forked
 from tests.server import ROOT, request
 
-RUN_SECONDS = 120  # which no script takes
+RUN_SECONDS = 300  # after which a person would give up
+
+# In a script: after some images, embedding waits for a file.
+PAUSING = """
+import itertools, os, time
+import imagesearch.models as models
+create_embedding, calls = models.Thumbnail.create_embedding, itertools.count()
+def pausing(self, pixels):
+    while next(calls) >= {number} and not os.path.exists({go_on!r}):
+        time.sleep(0.02)
+    return create_embedding(self, pixels)
+models.Thumbnail.create_embedding = pausing
+"""
+
+# In a script: a server is given up after two retries, not after two minutes.
+FEWER_RETRIES = """
+import imagesearch.index.elasticsearch as e
+e.RETRY_MINUTES = e.RETRY_MINUTES.new(total=2)
+"""
 
 
 @dataclass
@@ -69,17 +88,39 @@ class Scripts:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Runs a script to its end: in a fork, or in a new Python if PYTHON… or LC_… variables differ."""
-        settings = self.environment | environment
-        if any(name.startswith(("PYTHON", "LC_")) and os.environ.get(name) != settings[name] for name in settings):
+    def run(
+        self, script: str, *arguments: object, new_python: Any = False, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Runs a script to its end: in a fork, or in a new Python, which reads PYTHON… and LC_… variables."""
+        assert new_python or not any(name.startswith(("PYTHON", "LC_")) for name in environment)
+        if new_python:
             process = self.start(script, *arguments, **environment)
             stdout, stderr = process.communicate(timeout=RUN_SECONDS)
             done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
         else:
-            done = forked.run(self.arguments(script, *arguments), self.folder, settings, RUN_SECONDS)
+            arguments_of_python = self.arguments(script, *arguments)
+            done = forked.run(arguments_of_python, self.folder, self.environment | environment, RUN_SECONDS)
         assert "Traceback" not in done.stderr, done.stderr
         return done
+
+    def start_until(self, number: int, code: Any = "", **environment: str) -> "subprocess.Popen[str]":
+        """Starts create.py, in which `code` is run first, and waits until it has stored some of `number` images.
+
+        It embeds no more than these until `go_on` is called.
+        """
+        code += PAUSING.format(number=number, go_on=str(self.pause_file))
+        process = self.start("create.py", **patched(self.pause_file.parent, code=code), **environment)
+        wait_until(lambda: process.poll() is not None or self.count() >= number // 3)
+        assert process.poll() is None, process.communicate()
+        return process
+
+    def go_on(self) -> None:
+        """Lets a script that `start_until` has started embed the rest."""
+        self.pause_file.touch()
+
+    @property
+    def pause_file(self) -> Path:
+        return (self.home or self.folder) / "go-on"
 
     def shell(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Runs a command line with bash; `CREATE` and `SEARCH` are the scripts on this index."""
@@ -116,15 +157,15 @@ class Scripts:
         assert b"Traceback" not in shown, shown
         return process.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode())
 
-    def create(self, *arguments: object, code: int = 0, **environment: Any) -> str:
+    def create(self, *arguments: object, code: Any = 0, new_python: Any = False, **environment: str) -> str:
         """Runs create.py to the exit `code`; its stderr."""
-        done = self.run("create.py", *arguments, **environment)
+        done = self.run("create.py", *arguments, new_python=new_python, **environment)
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+    def search(self, *arguments: object, new_python: Any = False, **environment: str) -> list[dict[str, Any]]:
         """Runs search.py; the JSON that it prints, a line each."""
-        done = self.run("search.py", *arguments, **environment)
+        done = self.run("search.py", *arguments, new_python=new_python, **environment)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -186,45 +227,44 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def patched(folder: Path, code: str) -> dict[str, str]:
-    """The environment in which a script's Python runs `code` first: sitecustomize.py, which is written to `folder`."""
-    (folder / "sitecustomize.py").write_text(code)
+def patched(folder: Path, constants: dict[str, object] | None = None, code: str = "") -> dict[str, str]:
+    """The environment in which a script's Python first sets constants, by their full names, and runs `code`."""
+    lines = [code]
+    for name, value in (constants or {}).items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), constant), name
+        lines.append(f"import {module}\n{name} = {value!r}")
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-KNOWN = r"( \((?P<known>[\d,]+) with a known embedding\))?"
-COUNTS = re.compile(
-    rf"(?P<new>[\d,]+) new{KNOWN}(, (?P<updated>[\d,]+) updated{KNOWN.replace('known>', 'also_known>')})?"
-    r"(, (?P<unchanged>[\d,]+) unchanged)?(, (?P<deleted>[\d,]+) deleted)?(, (?P<unreadable>[\d,]+) unreadable)?"
-    r" in [\d.]+ s(; index [^;\n]+)?(; skipped: (?P<skipped>.+))?",
-)
+def summary(stderr: str) -> str:
+    """The last line that counts what a run did."""
+    return [line for line in stderr.splitlines() if re.search(r"\d new.* in [\d.]+ s", line)][-1]
 
 
 def counts(stderr: str) -> dict[str, int]:
-    """The summary's counts that are not 0."""
-    found = COUNTS.search(stderr)
-    assert found, stderr
-    parts = {name: value for name, value in found.groupdict().items() if value not in ("0", None) and name != "skipped"}
-    if "also_known" in parts:
-        parts["known"] = parts.pop("also_known")
-    return {name: int(value.replace(",", "")) for name, value in parts.items()}
+    """The summary's counts that are not 0; `known` are those with a known embedding."""
+    kinds = "new|updated|unchanged|deleted|unreadable|with a known embedding"
+    found = re.findall(rf"([\d,]+) ({kinds})", summary(stderr).partition(" in ")[0])
+    numbers = {kind: int(number.replace(",", "")) for number, kind in found}
+    known = numbers.pop("with a known embedding", 0)
+    return {kind: number for kind, number in {**numbers, "known": known}.items() if number}
 
 
 def skipped(stderr: str) -> list[str]:
     """What the summary says was skipped, sorted."""
-    found = COUNTS.search(stderr)
-    assert found, stderr
-    return sorted((found["skipped"] or "").split(", "))
+    return sorted(summary(stderr).partition("; skipped: ")[2].split(", "))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def end(process: "subprocess.Popen[str]", seconds: float = 180) -> tuple[int, str]:
+def end(process: "subprocess.Popen[str]", seconds: float = RUN_SECONDS) -> tuple[int, str]:
     """Waits for a script; its exit code and stderr."""
     _, stderr = process.communicate(timeout=seconds)
     assert "Traceback" not in stderr, stderr
@@ -244,10 +284,9 @@ def wait_for_start(process: "subprocess.Popen[str]") -> None:
     """Waits until a script's first import has removed Python's SIGINT handler; what comes before is Python's own."""
     was_there = False
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        handled = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) & 1 << (signal.SIGINT - 1)
-        # A module that the scripts import after their first one, if the handler was missed.
-        if not handled and (was_there or "_hashlib" in Path(f"/proc/{process.pid}/maps").read_text()):
+        caught = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+        is_there = bool(int(caught[0], 16) & 1 << (signal.SIGINT - 1)) if caught else False
+        if was_there and not is_there:
             return
-        was_there |= bool(handled)
+        was_there |= is_there
         time.sleep(0.001)

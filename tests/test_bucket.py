@@ -173,10 +173,9 @@ def test_one_bad_object_is_one_line(local_scripts_on_s3: Scripts, bucket: Bucket
 
 def test_an_object_that_is_too_large_is_not_read(local_scripts_on_s3: Scripts, bucket: Bucket) -> None:
     """Beyond 200 MB; here 300 bytes."""
-    patch = "import imagesearch.sources.memory as m\nm.MAX_CONTENT_BYTES = 300\n"
     bucket.put({"a.png": png(1, (4, 4)), "large.png": png(2, (60, 40))})
-    settings = patched(local_scripts_on_s3.folder, patch)
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
+    settings = patched(local_scripts_on_s3.folder, {"imagesearch.sources.memory.MAX_CONTENT_BYTES": 300})
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
     assert counts(stderr) == {"new": 1, "unreadable": 1}
     assert f"Cannot read {bucket.url}/large.png: more than " in stderr
 
@@ -267,11 +266,11 @@ def test_an_object_that_the_store_refuses_is_one_unreadable_image(
     local_scripts_on_s3: Scripts, bucket: Bucket, web: HTTPServer
 ) -> None:
     """Whatever its status, also after all retries, which are fewer here."""
-    patch = "import imagesearch.sources.bucket as b\nb.RETRY_SECONDS_OF_A_RUN = 2\n"
+    settings = patched(local_scripts_on_s3.folder, {"imagesearch.sources.bucket.RETRY_SECONDS_OF_A_RUN": 2})
     names = ("a.png", "broken.png", "encrypted.png", "z.png")
     bucket.put({name: png(seed) for seed, name in enumerate(names)})
     through(web, local_scripts_on_s3)
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **patched(local_scripts_on_s3.folder, patch))
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
     assert counts(stderr) == {"new": 2, "unreadable": 2}
     assert f"Cannot read {bucket.url}/encrypted.png: HTTP 400 InvalidRequest" in stderr
     assert f"Cannot read {bucket.url}/broken.png: HTTP 500" in stderr
@@ -282,7 +281,7 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     """After two minutes; here after two retries. Objects that wait are not tried any more."""
     scripts = local_scripts_on_s3
-    settings = patched(scripts.folder, "import imagesearch.sources.bucket as b\nb.RETRY_SECONDS_OF_A_RUN = 2\n")
+    settings = patched(scripts.folder, {"imagesearch.sources.bucket.RETRY_SECONDS_OF_A_RUN": 2})
     bucket.put({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
         settings["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"

@@ -25,12 +25,13 @@ from imagesearch.models import Thumbnail
 from imagesearch.records import PREPROCESSING, Document, ImageFile, Search
 from tests.certificates import CA
 from tests.pictures import Picture, averaging_model
-from tests.running import Scripts, counts, environment, patched
+from tests.running import FEWER_RETRIES, Scripts, counts, environment, patched
 from tests.server import ROLES, ROOT, Elasticsearch
 from tools.embeddings import SHAPES, nearest, recall
 from tools.neighbors import load_index, numbers
 
 PASSWORD = "admin:[^@]*@"
+MODULE = "imagesearch.index.elasticsearch"
 
 
 def test_the_scripts_work_with_a_ca_like_ibm_clouds(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
@@ -384,14 +385,13 @@ def test_a_missing_shard_is_said_and_is_no_empty_index(
 def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
     """As when the disks are nearly full."""
     scripts, path = scripts_on_elasticsearch, picture("images/a.png")
-    patch = "import imagesearch.index.elasticsearch as e\ne.ACTIVE_SHARD_TIMEOUT = '1s'\n"
-    patch += "e.RETRY_MINUTES = e.RETRY_MINUTES.new(total=1)\n"
+    fewer = patched(scripts.folder, {f"{MODULE}.ACTIVE_SHARD_TIMEOUT": "1s"}, FEWER_RETRIES)
     settings = {"index.routing.allocation.require._name": "nope"}
     template = {"index_patterns": [scripts.index], "template": {"settings": settings}}
     scripts.request("PUT", f"_index_template/{scripts.index}", template)
     try:
         for _ in range(2):  # a new index, then one that is there
-            stderr = scripts.create(code=1, **patched(scripts.folder, patch))
+            stderr = scripts.create(code=1, new_python=True, **fewer)
             assert f"The index {scripts.index} has no active shard 0: " in stderr and "ES_URL" not in stderr
     finally:
         scripts.request("DELETE", f"_index_template/{scripts.index}")
@@ -407,5 +407,5 @@ def test_insecure_goes_on_without_the_ca_and_says_so(
     done = scripts.run("search.py", bird_images[0], "--insecure", ES_CA_CERT="")
     assert done.returncode == 0 and "--insecure" in done.stderr and done.stderr.count("\n") == 1
     for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PYTHONHTTPSVERIFY"):  # nothing else turns it off
-        done = scripts.run("search.py", bird_images[0], ES_CA_CERT="", **{variable: ""})
+        done = scripts.run("search.py", bird_images[0], new_python=True, ES_CA_CERT="", **{variable: ""})
         assert done.returncode == 2 and "cannot be verified" in done.stderr
