@@ -26,7 +26,7 @@ from imagesearch.progress import NoReport, Progress
 from imagesearch.records import BATCH_SIZE, Document, ImageFile, IndexMetadata, Part, Unreadable, document_id
 from imagesearch.sources import Source, open_source
 
-MORE_WORKERS = 4  # than CPUs: they open images and write documents while others embed
+EXTRA_WORKERS = 4  # beyond one for each CPU: they open images and write documents while others embed
 MAX_BUFFERED_BYTES = 256_000_000  # of the contents that all workers keep in memory together
 
 
@@ -41,7 +41,7 @@ def index_images(arguments: argparse.Namespace, progress: Progress) -> int:
     """Brings the index up to date with the source; returns the exit code."""
     connection, part = get_connection(arguments.insecure), arguments.part
     with open_index(
-        arguments.index, connection, arguments.db, index_type=arguments.index_type, retry_minutes=True
+        arguments.index, connection, arguments.db, index_type=arguments.index_type, long_retries=True
     ) as index:
         source = open_source(arguments.images, index.base)
         listing = list_images(source, progress, may_be_empty=arguments.prune_all and index.metadata is not None)
@@ -82,9 +82,9 @@ def prepare_index(index: Index, arguments: argparse.Namespace) -> Model:
         model = load_index_model(recorded.model, arguments.model)
         if path_to_text(index.base) != recorded.base:
             base = quote_path(index.base)
-            say(f"{quote_path(recorded.base)}, where the index was made, is not here: ./ is now {base}.")
+            say(f"The index was made in {quote_path(recorded.base)}, which does not exist here: ./ is now {base}.")
         if recorded.model.name not in (*MODEL_NAMES, model.info.name):
-            with suppress(ImageSearchError):  # of an API key that may not: then search.py needs --model, too
+            with suppress(ImageSearchError):  # An API key may lack this privilege: search.py then needs --model.
                 index.record_model(model.info)
         index.refresh()  # what an interrupted run has written is not embedded again
     else:
@@ -105,13 +105,13 @@ def find_changed(images: Iterator[ImageFile], index: Index, progress: Progress) 
     for batch in batch_until_error(images, BATCH_SIZE):
         indexed = index.get_file_metadata([image.id for image in batch])
         for image in batch:
-            known = indexed.get(image.id)
-            if known is None:
+            file = indexed.get(image.id)
+            if file is None:
                 yield image
-            elif known.matches(image):
+            elif file.matches(image):
                 progress.count_unchanged()
             else:
-                yield replace(image, indexed=known)
+                yield replace(image, indexed=file)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def index_images_in_chunks(
 ) -> None:
     """Embeds and writes images on all CPUs, some together, and counts them."""
     embedder, cpus = Embedder(lambda: model), available_cpus()
-    workers = cpus + MORE_WORKERS
+    workers = cpus + EXTRA_WORKERS
     size = max(1, min(model.chunk_size, raise_open_file_limit() // 2 // workers))
     chunks = make_chunks(images, size, cpus, source.buffered_bytes, MAX_BUFFERED_BYTES // workers)
     with ThreadPoolExecutor(workers) as pool:
@@ -146,16 +146,18 @@ def index_chunk(
     documents: list[Document] = []
     with source.open_images(images) as (opened, unreadable):
         progress.advance(len(unreadable))
-        known = index.find_embeddings([content.sha256 for content in opened if not content.is_indexed])
+        changed = [each.sha256 for each in opened if not each.is_indexed]
+        known = index.find_embeddings(changed)
         with embedder.cpu_slots:
-            for content in opened:
-                if content.is_indexed:  # only its size or time has changed
-                    documents.append(Document(content.image, content.sha256, None))
+            for each in opened:
+                if each.is_indexed:  # only its size or time has changed
+                    documents.append(Document(each.image, each.sha256, None))
                 else:
                     try:
-                        documents.append(Document(content.image, content.sha256, *embedder.embed(content, known)))
+                        embedding, is_copy = embedder.embed(each, known)
+                        documents.append(Document(each.image, each.sha256, embedding, is_copy))
                     except UnreadableError as error:
-                        unreadable.append(Unreadable(content.image.file_path, str(error)))
+                        unreadable.append(Unreadable(each.image.file_path, str(error)))
                 progress.advance(1)
     return Outcome(index.write(documents), unreadable)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Finds the images nearest to a new one and prints Elasticsearch's response, one line of JSON for each image."""
+"""Finds the images nearest to a new one and prints a response as Elasticsearch's, a line of JSON for each image."""
 
 from imagesearch.start import run  # first: Ctrl-C and missing dependencies, before imports that take long
 
@@ -22,11 +22,11 @@ from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.files import raise_open_file_limit
 from imagesearch.index import Index, open_index
 from imagesearch.index.connection import get_connection
-from imagesearch.locations import kind_of, quote_path
+from imagesearch.locations import bucket_of, file_path_of, kind_of, quote_path
 from imagesearch.models import Model, check_version, load_index_model
 from imagesearch.parallel import batch_until_error, make_chunks, map_buffered
 from imagesearch.records import BATCH_SIZE, Embedding, ModelInfo, OpenedImage, Search
-from imagesearch.sources.queries import Query, find_queries, open_query
+from imagesearch.sources.queries import Query, find_queries, is_folder_or_prefix, open_query
 
 if TYPE_CHECKING:
     from imagesearch.results_page import Page
@@ -50,7 +50,9 @@ def main() -> int:
         model = model_loader(check_index(index, arguments), arguments)
         page = open_page(index, arguments) if arguments.html is not None else None
         queries = find_queries(arguments.image, index.base)
-        with closing(search_all(queries, index, Embedder(model), page, arguments)) as results:  # before the index
+        with closing(
+            search_all(queries, index, Embedder(model), page, arguments)
+        ) as results:  # closed before the index is
             for result in with_bar(check_hits(results, index, arguments), index, arguments):
                 write_line(json_line(result))
                 say_result(result, arguments)
@@ -95,7 +97,7 @@ def model_loader(info: ModelInfo, arguments: argparse.Namespace) -> Callable[[],
 def is_many(arguments: argparse.Namespace) -> bool:
     """Returns True if the command line names several images to search for, or a folder or bucket of them."""
     first, *others = arguments.image
-    return bool(others) or kind_of(first) in ("folder", "bucket")
+    return bool(others) or is_folder_or_prefix(first)
 
 
 def open_page(index: Index, arguments: argparse.Namespace) -> "Page":
@@ -107,8 +109,9 @@ def open_page(index: Index, arguments: argparse.Namespace) -> "Page":
     description = f"Index {arguments.index}, made with {index.metadata.model.description}"
     limits = "" if arguments.desc is None else f" of class {arguments.desc}"
     limits += "" if arguments.min_score is None else f" with a score of at least {arguments.min_score:g}"
-    named = [text for text in (*arguments.image, arguments.images or "") if kind_of(text) == "bucket"]
-    return Page(path, index.base, description, limits, ["/".join(text.split("/")[:3]) for text in named])
+    named = [file_path_of(text, index.base) for text in (*arguments.image, arguments.images or "-")]
+    buckets = [bucket_of(file_path) for file_path in named if kind_of(file_path) == "bucket"]
+    return Page(path, index.base, description, limits, buckets)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def search_all(
     opened_at_once = max(1, min(MAX_OPENED_AT_ONCE, raise_open_file_limit() // 2 // WORKERS))
 
     def weight(query: Query) -> int:
-        # A chunk of its own: two that hold some in memory, and wait for room, would wait for each other.
+        # A remote image gets its own chunk: two chunks that hold memory and wait for more would wait for each other.
         is_remote = kind_of(query.image.location) in ("web", "bucket")
         return 0 if query.sha256 else opened_at_once if is_remote else 1
 

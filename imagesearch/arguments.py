@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from imagesearch.errors import UsageError
 from imagesearch.index import INDEX_TYPES
 from imagesearch.index.connection import uses_elasticsearch
-from imagesearch.locations import path_argument, path_to_text, quote_path
+from imagesearch.locations import kind_of, path_argument, path_to_text, quote_path
 from imagesearch.records import MAX_K, Part
 
 DEFAULT_INDEX = "images"
@@ -133,6 +133,8 @@ def parse_search_arguments(description: str | None) -> argparse.Namespace:
         parser.error("the following arguments are required: IMAGE")
     if arguments.image.count("-") > 1:
         parser.error("argument IMAGE: standard input (-) can be read only once")
+    if arguments.images and kind_of(arguments.images) != "bucket":
+        parser.error("argument --images: must be the URL of a bucket")
     if arguments.html == "-":
         parser.error("argument --html: must be the name of a file; results go to standard output as JSON")
     parser.check_index_options(arguments)

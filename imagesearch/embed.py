@@ -33,7 +33,7 @@ class Embedder:
         self._recent = OrderedDict[str, Embedding]()
         self._lock = threading.Lock()  # of the model and the recent embeddings
         self.cpu_slots = threading.Semaphore(available_cpus())
-        """As many threads embed at a time as there are CPUs: each holds one of these while it does."""
+        """A thread holds one while it embeds, so that no more do than there are CPUs."""
 
     def embed(self, opened: OpenedImage, known: Mapping[str, Embedding]) -> tuple[Embedding, bool]:
         """Returns the embedding of an image, shape (768,) float32, and whether it is a copy.

@@ -7,12 +7,12 @@ import numpy as np
 
 from imagesearch.index import Index
 from imagesearch.parallel import batch_until_error
-from imagesearch.records import BATCH_SIZE, Part, document_id
+from imagesearch.records import BATCH_SIZE, ListingReport, Part, document_id
 from imagesearch.sources import Source
 
 
-class Listing:
-    """The images of a source at one moment, 8 bytes each, and what could not be read; a `ListingReport`."""
+class Listing(ListingReport):
+    """The images of a source at one moment, 8 bytes each, and what could not be read."""
 
     def __init__(self, source: Source, part: Part) -> None:
         self._source = source
@@ -21,9 +21,6 @@ class Listing:
         ids = array("Q", (_short_id(image.id) for image in source.find_images(self) if part.contains(image.id)))
         self._ids = np.sort(np.frombuffer(ids, np.uint64))
         self.number_of_images = len(self._ids)
-
-    def count_skipped(self, kind: str) -> None:
-        """Does nothing."""
 
     def count_unreadable(self, name: str, reason: str) -> None:
         """Keeps the name: there may be images below it."""

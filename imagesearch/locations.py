@@ -1,4 +1,4 @@
-"""What a text of the command line stands for, its one name in an index, and paths as text, back and quoted.
+"""What a text of the command line stands for, its one name in an index, and paths as text, quoted, and back.
 
 `base` is always the absolute folder that the relative names of an index, ``./…``, are relative to.
 """
@@ -33,21 +33,27 @@ def kind_of(text: str) -> Kind:
 def file_path_of(text: str, base: str) -> str:
     """Returns the one name in an index of what `text` stands for; empty if it cannot be indexed.
 
-    A file or folder below `base` is named by the way that leads there, ``./…``, with symbolic links as they are;
-    one elsewhere is absolute, with the links of its folder resolved.
+    It is the way that leads to a file or folder, symbolic links as they are: ``./…`` below `base`, absolute elsewhere.
     """
     match kind_of(text):
         case "standard input" | "web" | "other URL":
             return ""
         case "bucket":
-            return text
+            scheme, _, rest = text.partition("://")
+            return f"{scheme.lower()}://{re.sub('/+', '/', rest)}"
     path = _absolute(text)
     folders = ["/", *(path[:end] for end, character in enumerate(path) if character == "/" and end), path]
-    start = next((folder for folder in folders if folder == base or os.path.realpath(folder) == base), None)
-    if start is None:
-        folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
-        return path_to_text(os.path.join(os.path.realpath(folder), name).rstrip("/") or "/")
-    return path_to_text(os.path.join(".", path.removeprefix(start).lstrip("/")).rstrip("/"))
+    for folder in folders:  # the base may be reached through a link
+        real = folder if folder == base else os.path.realpath(folder)
+        if real == base or real.startswith(base.rstrip("/") + "/"):
+            below = (real + path.removeprefix(folder)).removeprefix(base).strip("/")
+            return path_to_text(f"./{below}" if below else ".")
+    return path_to_text(path)
+
+
+def bucket_of(url: str) -> str:
+    """Returns the bucket of a URL, such as ``s3://birds``."""
+    return "/".join(url.split("/")[:3])
 
 
 def _absolute(path: str) -> str:

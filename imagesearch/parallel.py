@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -19,10 +21,11 @@ exit_lock = threading.Lock()
 """Held while a file is written that must not be left half-written; a signal waits for it, a second at most."""
 
 
-def call_on_thread(function: Callable[[], T]) -> T:
-    """Returns ``function()``, which runs on a thread of its own while the main thread waits for signals.
+def call_on_thread(function: Callable[[], T], timeout_seconds: float = math.inf) -> T:
+    """Returns ``function()``, which runs on a thread of its own while this one waits. Raises TimeoutError.
 
-    It waits with a time limit, again and again: a signal that another thread receives does not wake it.
+    It waits for a moment, again and again, so that the main thread notices signals: one that another thread receives
+    does not wake it.
     """
     future: Future[T] = Future()
 
@@ -33,8 +36,10 @@ def call_on_thread(function: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
+    deadline = time.monotonic() + timeout_seconds
     while not wait([future], timeout=POLL_SECONDS).done:
-        pass
+        if time.monotonic() > deadline:
+            raise TimeoutError
     return future.result()
 
 
@@ -96,11 +101,11 @@ def batch_until_error(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def make_chunks(
     items: Iterable[Item], size: int, workers: int, weight: Callable[[Item], int], max_weight: int
 ) -> Iterator[list[Item]]:
-    """Yields lists of at most `size` items, for `workers` to share; if of several items, of at most `max_weight`.
+    """Yields lists of at most `size` items for `workers` to share, weighing at most `max_weight` unless it is one item.
 
     The last lists are smaller, so that all workers end at about the same time; to know when they begin, up to
-    2 * workers * size items are read ahead. With 0 workers they are not, and nothing is read ahead. What `items` raises
-    is raised after the items before it.
+    2 * workers * size items are read ahead. With 0 workers they are not. What `items` raises is raised after the items
+    before it.
     """
     errors: list[Exception] = []
     iterator = _until_error(items, errors)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from imagesearch.console import say
 from imagesearch.locations import quote_path
-from imagesearch.records import Document
+from imagesearch.records import Document, ListingReport
 
 UNREADABLE_SHOWN = 20  # on a terminal
 KINDS_SHOWN = 10  # of skipped files
@@ -32,14 +32,8 @@ def open_bar(images: Iterable[object]) -> tqdm:
     return bar
 
 
-class NoReport:
-    """A `ListingReport` of a listing that is only counted."""
-
-    def count_skipped(self, kind: str) -> None:
-        """Does nothing."""
-
-    def count_unreadable(self, name: str, reason: str) -> None:
-        """Does nothing."""
+class NoReport(ListingReport):
+    """For a listing that is only counted."""
 
 
 class Progress:
@@ -81,9 +75,9 @@ class Progress:
         with self._lock:
             self._done += number
             self._bar.update(number)
-        if not self._is_terminal and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_INTERVAL_SECONDS
-            say(f"{self._done:,} images done")
+            if not self._is_terminal and time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + LINE_INTERVAL_SECONDS
+                say(f"{self._done:,} images done")
 
     def count_skipped(self, kind: str) -> None:
         """Counts a file that is not an image."""

@@ -88,7 +88,7 @@ class FileMetadata:
 class ImageFile:
     """An image file as its source found it.
 
-    `location` is where the source reads it: an operating system path or an object's key. `file_path`
+    `location` is where it is read: an operating system path, an object's key, or for a query what names it. `file_path`
     is its name in the index, `desc` the name of the folder it is in (its class). `size` is in bytes,
     `mtime` in nanoseconds since 1970. `indexed` is what the index holds of it, None if nothing or not looked up.
     """
@@ -107,18 +107,20 @@ class ImageFile:
 
 
 class ListingReport(Protocol):
-    """Who is told of what a listing leaves out."""
+    """Is told of what a listing leaves out; what inherits from it may leave out either method."""
 
     def count_skipped(self, kind: str) -> None:
         """Counts a file or folder that is not looked at; `kind` is its extension, or ``hidden`` and the like."""
+        return
 
     def count_unreadable(self, name: str, reason: str) -> None:
         """Counts a file or folder that cannot be read, and says why."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An image that cannot be read or embedded, and why; `name` is that in messages."""
+    """An image that cannot be read or embedded, and why; `name` is shown in messages."""
 
     name: str
     reason: str

@@ -44,7 +44,7 @@ models.Thumbnail.create_embedding = pausing
 # In a script: a server is given up after two retries, not after two minutes.
 FEWER_RETRIES = """
 import imagesearch.index.elasticsearch as e
-e.RETRY_MINUTES = e.RETRY_MINUTES.new(total=2)
+e.LONG_RETRY = e.LONG_RETRY.new(total=2)
 """
 
 

@@ -166,7 +166,7 @@ def test_no_image_is_tried_after_the_source_was_given_up(create: Any) -> None:
     source, images = UnreachableSource("/", "/"), (ImageFile("a", f"./{n}", "", 0, 0) for n in range(10_000))
     with pytest.raises(ImageSearchError, match="no answer"):
         create.index_images_in_chunks(images, source, KeptDocuments(), CountingModel(), Progress())
-    assert source.opened <= 2 * available_cpus() + create.MORE_WORKERS
+    assert source.opened <= 2 * available_cpus() + create.EXTRA_WORKERS
 
 
 def test_memory_is_bounded_on_a_machine_of_many_cpus(create: Any, monkeypatch: pytest.MonkeyPatch) -> None:

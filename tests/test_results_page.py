@@ -43,7 +43,7 @@ def response(paths: list[Path | str]) -> dict[str, Any]:
 def write_page(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Writes a page as search.py does."""
     page = results_page.Page(path, "/", "Index images", "", [])
-    for query in find_queries(results, "/"):
+    for query in find_queries(list(results), "/"):
         with open_query(query.image) as opened:
             page.keep_preview(query, opened)
         page.add(query, results[query.name], leave_out_empty=False)

@@ -128,7 +128,7 @@ def measure(client: Elasticsearch, server: Server, size: int, shape: str) -> Ite
     for index_type, settings in SETTINGS.items():
         index = f"{shape}-{size}-{index_type.replace('_', '-')}"
         connection = Connection.from_env(server.environment)
-        with open_index(index, connection, Path(), index_type=index_type, retry_minutes=True) as opened:
+        with open_index(index, connection, Path(), index_type=index_type, long_retries=True) as opened:
             seconds = load_index(opened, embeddings)
         note = f"- {index_type}: {size / seconds:,.0f} documents/s; {disk_usage(client, index)}"
         if os.access(DROP_CACHES, os.W_OK):

@@ -85,12 +85,12 @@ def open_index(
     database: Path,
     *,
     index_type: str | None = None,
-    retry_minutes: bool = False,
+    long_retries: bool = False,
 ) -> Index:
     """Returns the index `name` on Elasticsearch, or the local file `database` if there is no connection.
 
     Its metadata has been read; it need not exist. On Elasticsearch, it must be of this `index_type`, if not None, and
-    requests are repeated for two minutes if `retry_minutes`, otherwise for some seconds; but not the first one, so that
+    requests are repeated for two minutes if `long_retries`, otherwise for some seconds; but not the first one, so that
     a wrong address is reported at once. Raises UsageError for an index that create.py did not make. Each kind is
     imported when it is used.
     """
@@ -100,4 +100,4 @@ def open_index(
         return SqliteIndex(database)
     from imagesearch.index.elasticsearch import ElasticsearchIndex
 
-    return ElasticsearchIndex(connection, name, index_type, retry_minutes)
+    return ElasticsearchIndex(connection, name, index_type, long_retries)

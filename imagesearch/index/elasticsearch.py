@@ -1,6 +1,6 @@
 """The index on Elasticsearch.
 
-It is read and searched with requests, as the tutorial does, and written with the elasticsearch client, which takes a
+It is read and searched with requests, as in IBM's tutorial, and written with the elasticsearch client, which takes a
 third of a second to import and so is imported when something is first written. Both send with one session.
 """
 
@@ -94,22 +94,26 @@ class _SayingRetry(Retry):
         return retry
 
 
+RETRIED_STATUSES = (429, 502, 503, 504)
 # All requests are idempotent. 18 retries last two minutes; a server that is silent is asked four times.
-RETRY_MINUTES = _SayingRetry(
+LONG_RETRY = _SayingRetry(
     18,
     read=3,
     backoff_factor=1,
     backoff_max=8,
-    status_forcelist=(429, 502, 503, 504),
+    status_forcelist=RETRIED_STATUSES,
     allowed_methods=None,
-    raise_on_status=True,  # so that the bulk helper does not repeat all of it after the last HTTP 429
+    raise_on_status=False,
     respect_retry_after_header=False,
 )
-RETRY_SECONDS = RETRY_MINUTES.new(total=3, read=1, raise_on_status=False)
+SHORT_RETRY = LONG_RETRY.new(total=3, read=1)
 
 
 class _Adapter(HTTPAdapter):
-    """Sends requests with an SSLContext of our own, which requests has no option for, and gives a server up once."""
+    """Sends requests with an SSLContext of our own, which requests has no option for.
+
+    When a request has failed for good, others are not repeated any more: they would wait for the same server.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._context = connection.ssl_context()
@@ -121,12 +125,14 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **options)
 
     def send(self, *args: Any, **options: Any) -> requests.Response:
+        status = RETRIED_STATUSES[0]
         try:
-            return super().send(*args, **options)
-        except requests.RequestException:
-            # Other requests would wait for the same server, one after the other.
-            self.max_retries = self.max_retries.new(total=0)
-            raise
+            response = super().send(*args, **options)
+            status = response.status_code
+            return response
+        finally:
+            if status in RETRIED_STATUSES:
+                self.max_retries = self.max_retries.new(total=0)
 
 
 def _open_session(connection: Connection, adapter: _Adapter) -> requests.Session:
@@ -150,7 +156,7 @@ class ElasticsearchIndex:
 
     searches_at_once = SEARCHES_AT_ONCE
 
-    def __init__(self, connection: Connection, name: str, index_type: str | None, retry_minutes: bool) -> None:
+    def __init__(self, connection: Connection, name: str, index_type: str | None, long_retries: bool) -> None:
         adapter = _Adapter(connection)
         self._connection = connection
         self._session = _open_session(connection, adapter)
@@ -160,7 +166,8 @@ class ElasticsearchIndex:
         self.location = connection.url
         self.metadata = self._read_metadata()
         self.base = base_of(self.metadata.base if self.metadata else None)
-        adapter.max_retries = RETRY_MINUTES if retry_minutes else RETRY_SECONDS  # not before: a wrong address
+        # Only now: a wrong address is reported at once.
+        adapter.max_retries = LONG_RETRY if long_retries else SHORT_RETRY
 
     def __enter__(self) -> Self:
         return self
@@ -192,7 +199,10 @@ class ElasticsearchIndex:
 
     def list_indexes(self) -> dict[str, str]:
         path = f"*/_mapping?filter_path=*.mappings._meta.{META_KEY}.name"
-        status, _, body = self._request("GET", path)
+        try:
+            status, _, body = self._request("GET", path)
+        except requests.RequestException as error:
+            raise self._connection_error(error) from None
         if status != 200 or not body:  # there is none, or the user may not see the others
             return {}
         return {name: index["mappings"]["_meta"][META_KEY]["name"] for name, index in sorted(body.items())}
@@ -281,6 +291,7 @@ class ElasticsearchIndex:
 
     @functools.cached_property
     def _client(self) -> Any:
+        """The elasticsearch client. Two threads may each make one: both send with the same session."""
         from elastic_transport import RequestsHttpNode
         from elasticsearch import Elasticsearch, OrjsonSerializer
 
@@ -347,14 +358,14 @@ class ElasticsearchIndex:
                     rejected.append(action)
                 elif result["status"] != 404 or is_missing_index(result):
                     refused = result
-            if refused:
-                headers = {"X-Elastic-Product": "Elasticsearch"}
-                raise response_error(refused["status"], headers, refused, self._connection, self._name)
             if not rejected:
                 break
             say_now_and_then(f"Retrying {len(rejected):,} documents that Elasticsearch rejected for now (HTTP 429).")
             time.sleep(wait_seconds)
             actions = rejected
+        if refused:
+            headers = {"X-Elastic-Product": "Elasticsearch"}
+            raise response_error(refused["status"], headers, refused, self._connection, self._name)
         return done
 
     def _bulk_results(self, actions: Sequence[Body]) -> list[Body]:
@@ -440,7 +451,7 @@ class ElasticsearchIndex:
         return response_error(status, headers, body, self._connection, self._name)
 
     def _connection_error(self, error: BaseException) -> ImageSearchError:
-        if shards := self._missing_shards():  # whose answer Elasticsearch waits for
+        if "Read timed out" in str(error) and (shards := self._missing_shards()):  # which Elasticsearch waits for
             return missing_shards_error(self._name, shards)
         return connection_error(error, self._connection)
 

@@ -15,7 +15,7 @@ PRIVILEGES_HINT = (
     " On the index, create.py needs the privileges create_index, read, write, maintenance and view_index_metadata;"
     " search.py needs read and view_index_metadata."
 )
-AGAIN_HINT = "Run the command again later; create.py continues from here."
+AGAIN_HINT = "Run the command again later."
 
 UNKNOWN_CA = (2, 18, 19, 20, 21)  # OpenSSL's codes, of X509_verify_cert(3)
 
@@ -61,7 +61,7 @@ def response_error(
             " Elasticsearch."
         )
     is_error = isinstance(body, dict) and "error" in body
-    if status in (502, 503, 504) and not (is_error and headers.get("X-Elastic-Product")):
+    if status in (429, 502, 503, 504) and not (is_error and headers.get("X-Elastic-Product")):
         return ImageSearchError(f"No answer from Elasticsearch ({url} answered HTTP {status}). {AGAIN_HINT}")
     if not is_error:
         kind = headers.get("Content-Type", "no content type")
@@ -89,8 +89,8 @@ def response_error(
 def deleted_index_error(index: str) -> ImageSearchError:
     """Returns the error for an index that existed when the run began."""
     return ImageSearchError(
-        f"The index {index} was deleted during the run. If Elasticsearch has created another one from what was written"
-        " since, with a mapping that it guessed, delete that one. Then run create.py again."
+        f"The index {index} was deleted during the run. If Elasticsearch has created it again by itself, delete that"
+        " one. Then run create.py again."
     )
 
 

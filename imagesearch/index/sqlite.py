@@ -32,7 +32,7 @@ from imagesearch.records import (
     Search,
 )
 
-# SQLite counts the memory it uses under one lock, which every thread's sqlite-vec would take twice a row.
+# SQLite would count the memory it uses, under a lock that all threads would wait for, at every row.
 apsw.shutdown()
 apsw.config(apsw.SQLITE_CONFIG_MEMSTATUS, False)
 apsw.initialize()
@@ -61,13 +61,15 @@ CREATE INDEX IF NOT EXISTS images_sha256 ON images (sha256);
 """
 
 SEARCH = """
-SELECT id, file_path, "desc", vec_distance_cosine(embedding, :embedding) AS distance FROM images
-WHERE {} ORDER BY distance, file_path LIMIT :k
+SELECT CAST(id AS TEXT), CAST(file_path AS TEXT), CAST("desc" AS TEXT),
+       vec_distance_cosine(embedding, :embedding) AS distance
+FROM images
+WHERE {} ORDER BY distance, images.file_path LIMIT :k
 """
 IN_ROWIDS = "rowid IN (SELECT value FROM json_each(:rowids))"
 BELOW = "file_path > :after AND file_path < :end"  # a range of the index on file_path
 
-Row = tuple[str, str, str, float]  # id, file_path, desc, distance
+Row = tuple[str, str, str, float | None]  # id, file_path, desc, distance
 
 
 class SqliteIndex:
@@ -83,7 +85,7 @@ class SqliteIndex:
         self._path = path
         self._name = path.stem
         self._lock = threading.Lock()  # of the database
-        self._searching = threading.Lock()  # a search uses all CPUs
+        self._search_lock = threading.Lock()  # a search uses all CPUs
         self._searchers: list[apsw.Connection] = []  # SQLite searches on as many CPUs as there are connections
         self.location = quote_path(str(path))
         self.base = os.path.realpath(path.parent)
@@ -129,11 +131,13 @@ class SqliteIndex:
         if self._database is None or not self._select("SELECT * FROM sqlite_schema WHERE name = 'metadata'"):
             return None
         with self._explain_errors():
-            record = json.loads(self._select("SELECT record FROM metadata")[0][0])
-            model = ModelInfo(**record["model"])
-            recorded = record.get("folder")
+            try:
+                record = json.loads(self._select("SELECT record FROM metadata")[0][0])
+                model, recorded = ModelInfo(**record["model"]), record.get("folder")
+            except (LookupError, TypeError):
+                raise ValueError("it has no record of its model") from None
         if recorded:
-            self._check_recorded_base(recorded)
+            self._check_recorded_base(str(recorded))
         return IndexMetadata(model, path_to_text(self.base))
 
     def _check_recorded_base(self, recorded: str) -> None:
@@ -169,11 +173,11 @@ class SqliteIndex:
             database.execute(update, (json.dumps(asdict(model)),))
 
     def get_file_metadata(self, ids: Sequence[str]) -> dict[str, FileMetadata]:
-        query = "SELECT id, size, mtime, sha256 FROM images WHERE id IN (SELECT value FROM json_each(?))"
+        query = "SELECT id, size, mtime, CAST(sha256 AS TEXT) FROM images WHERE id IN (SELECT value FROM json_each(?))"
         return {id_: FileMetadata(*row) for id_, *row in self._select(query, (json.dumps(ids),))}
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, Embedding]:
-        query = """SELECT sha256, embedding FROM images WHERE sha256 IN (SELECT value FROM json_each(?))
+        query = """SELECT CAST(sha256 AS TEXT), embedding FROM images WHERE sha256 IN (SELECT value FROM json_each(?))
                    GROUP BY sha256"""
         rows = self._select(query, (json.dumps(sha256s),))
         with self._explain_errors():  # a blob may be of another size
@@ -202,7 +206,7 @@ class SqliteIndex:
 
     def list_paths(self, folder: str) -> Iterator[str]:
         values = self._below(folder)
-        query = f"SELECT file_path FROM images WHERE {BELOW} ORDER BY file_path LIMIT {BATCH_SIZE}"
+        query = f"SELECT CAST(file_path AS TEXT) FROM images WHERE {BELOW} ORDER BY file_path LIMIT {BATCH_SIZE}"
         while batch := self._select(query, values):
             yield from (file_path for (file_path,) in batch)
             values["after"] = batch[-1][0]
@@ -224,7 +228,7 @@ class SqliteIndex:
         return [desc for (desc,) in self._select('SELECT DISTINCT "desc" FROM images')]
 
     def search(self, searches: Sequence[Search]) -> list[dict[str, Any]]:
-        with self._searching, self._explain_errors():
+        with self._search_lock, self._explain_errors():
             started = time.perf_counter()
             ranges = self._ranges()
             while len(self._searchers) < len(ranges):
@@ -280,7 +284,7 @@ class SqliteIndex:
             self._searchers,
             ranges,
         )
-        return sorted(itertools.chain.from_iterable(parts), key=lambda row: (row[3], row[1]))[: search.k]
+        return sorted(itertools.chain.from_iterable(parts), key=lambda row: (row[3] or 0, row[1]))[: search.k]
 
     def _response(self, rows: Sequence[Row], search: Search, milliseconds: float) -> dict[str, Any]:
         hits = [
@@ -332,7 +336,7 @@ class SqliteIndex:
             raise ImageSearchError(
                 f"{self.location} is in use by another process: run the command again later."
             ) from None
-        except (apsw.NotADBError, apsw.CorruptError, ValueError, LookupError, TypeError) as error:  # or a text, a size
+        except (apsw.NotADBError, apsw.CorruptError, ValueError) as error:  # ValueError: text, or an embedding's size
             raise UsageError(
                 f"{self.location} is not an SQLite file, or is damaged ({describe_error(error)}): move it away or use"
                 " another --db."
@@ -351,8 +355,10 @@ def _search(database: apsw.Connection, search: Search, condition: str, **values:
     return rows
 
 
-def _score(distance: float) -> float:
+def _score(distance: float | None) -> float:
     """Returns Elasticsearch's score, (1 + cosine) / 2, with the digits of a float32."""
+    if distance is None:
+        raise ValueError("an embedding is zero")
     return min(1.0, float(str(np.float32(1 - distance / 2))))
 
 

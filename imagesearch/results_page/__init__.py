@@ -25,7 +25,7 @@ from PIL import Image, ImageCms
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.files import atomic_write
 from imagesearch.images import image_extensions, open_rgb
-from imagesearch.locations import kind_of, local_path, quote_path
+from imagesearch.locations import bucket_of, kind_of, local_path, quote_path
 from imagesearch.parallel import available_cpus, map_buffered
 from imagesearch.records import ImageFile, OpenedImage
 from imagesearch.sources.folder import open_file
@@ -87,7 +87,7 @@ class Page:
     def __init__(self, path: Path, base: str, description: str, limits: str, buckets: Sequence[str]) -> None:
         self._path, self._base = path, base
         self._description, self._limits = description, limits
-        self._buckets = tuple(f"{bucket}/" for bucket in buckets)
+        self._buckets = buckets
         self._results = tempfile.TemporaryFile()  # noqa: SIM115  # a line of JSON for each section
         self._rules = tempfile.TemporaryFile()  # noqa: SIM115  # a line of CSS for each preview
         self._pictures: dict[str, Picture] = {}  # by the keys of `_key`
@@ -193,9 +193,8 @@ class Page:
         problem = ""
         try:
             if kind_of(file_path) == "bucket":
-                bucket = "/".join(file_path.split("/")[:3])
-                if not file_path.startswith(self._buckets):
-                    problem = f"is not shown: use --images {bucket} to have the page show it"
+                if bucket_of(file_path) not in self._buckets:
+                    problem = f"is not shown: use --images {bucket_of(file_path)} to have the page show it"
                 else:
                     with open_query(ImageFile(file_path, file_path, "", 0, 0)) as opened:
                         self._add_picture(file_path, file_path, file_path, opened)
@@ -237,8 +236,8 @@ class Page:
 
 
 def _key(query: Query) -> str:
-    """Returns what names a query's picture: its `file_path`, or for one that cannot be indexed its name."""
-    return query.image.file_path or query.name
+    """Returns what identifies a query's picture; it is not shown: the URL of one from the web may hold a password."""
+    return query.image.file_path or query.image.location
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

@@ -102,22 +102,23 @@ class BucketSource:
                     answered_at = time.monotonic()
                 elif time.monotonic() - answered_at > SILENT_SECONDS:
                     say_now_and_then(f"Retrying requests to {self._bucket_url}: no answer yet.")
-            results = [read.result() for read in reads]
-            yield (
-                [result for result in results if isinstance(result, OpenedImage)],
-                [result for result in results if isinstance(result, Unreadable)],
-            )
+            opened, unreadable = list[OpenedImage](), list[Unreadable]()
+            for image, read in zip(images, reads, strict=True):
+                try:
+                    opened.append(read.result())
+                except OBSTORE_ERRORS as error:
+                    unreadable.append(Unreadable(image.file_path, _short_reason(error)))
+            yield opened, unreadable
 
-    def _read(self, image: ImageFile) -> OpenedImage | Unreadable | None:
+    def _read(self, image: ImageFile) -> OpenedImage:
         if self._unreachable:  # by now
-            return None
+            raise self._unreachable
         try:
             return _read(self._store, image.location, image)
         except OBSTORE_ERRORS as error:
             if _is_unreachable(error):
                 self._unreachable = _explain(error, self._bucket_url)
-                return None
-            return Unreadable(image.file_path, _short_reason(error))
+            raise
 
 
 @contextlib.contextmanager

@@ -113,6 +113,11 @@ def _mtime(status: os.stat_result) -> int:
     return max(-MAX_MTIME, min(MAX_MTIME, status.st_mtime_ns))
 
 
+def with_status(image: ImageFile, status: os.stat_result) -> ImageFile:
+    """Returns the image with the size and the time of a file."""
+    return replace(image, size=status.st_size, mtime=_mtime(status))
+
+
 @contextlib.contextmanager
 def open_file(image: ImageFile) -> Iterator[OpenedImage]:
     """Yields a regular file, as it is now; opening a pipe could wait forever. Raises OSError."""
@@ -120,7 +125,7 @@ def open_file(image: ImageFile) -> Iterator[OpenedImage]:
         raise OSError("not a regular file")
     with open(image.location, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
-        image = replace(image, size=status.st_size, mtime=_mtime(status))
+        image = with_status(image, status)
         if status.st_size <= MAX_SMALL_BYTES:
             yield OpenedImage.from_memory(image, file.read())
         else:

@@ -5,21 +5,22 @@ import os
 import posixpath
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from imagesearch.errors import ImageSearchError, UsageError, describe_error
 from imagesearch.images import image_extensions
 from imagesearch.locations import file_path_of, kind_of
-from imagesearch.records import ImageFile, OpenedImage
+from imagesearch.records import ImageFile, ListingReport, OpenedImage
 from imagesearch.sources import open_source
+from imagesearch.sources.folder import open_file, with_status
 from imagesearch.sources.memory import MAX_CONTENT_BYTES, check_size
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """An image to search for; `name` is that in messages and results.
+    """An image to search for; `name` is shown in messages and results.
 
     `image` says where it is read; its `file_path` is the one that its document has if it is indexed, empty if it cannot
     be. `is_listed` is True if its size and mtime are known, `sha256` is that of its content, empty if it is not known,
@@ -33,37 +34,42 @@ class Query:
     problem: str = ""
 
 
-def find_queries(texts: Iterable[str], base: str) -> Iterator[Query]:
+def find_queries(texts: Sequence[str], base: str) -> Iterator[Query]:
     """Yields the images that a command line names, in order; relative names in the index are relative to `base`.
 
     A folder or a bucket's prefix stands for each image below it, which is named as it is in the index.
     """
     for text in texts:
-        match kind_of(text):
-            case "folder":
-                yield from _find_below(text, base)
-            case "bucket" if posixpath.splitext(text)[1].lower() not in image_extensions():
-                yield from _find_below(text, base)
-            case "file" if not os.path.lexists(text) and not os.path.splitext(text)[1]:
-                problem = "no such file; it must be a picture, since this does not search by words"
-                yield Query(text, _image(""), problem=problem)
-            case _:
-                yield Query(without_credentials(text), _image(text, file_path_of(text, base)))
+        query = Query(without_credentials(text), _image(text, file_path_of(text, base)))
+        extension = os.path.splitext(text)[1].lower()
+        if is_folder_or_prefix(text):
+            yield from _find_below(text, base)
+        elif kind_of(text) != "file":
+            yield query
+        elif not os.path.lexists(text) and extension not in image_extensions():
+            yield replace(query, problem="no such file; it must be a picture, since this does not search by words")
+        elif len(texts) > 1 and os.path.isfile(text):  # for one image, one more look-up would take longer
+            yield replace(query, image=with_status(query.image, os.stat(text)), is_listed=True)
+        else:
+            yield query
+
+
+def is_folder_or_prefix(text: str) -> bool:
+    """Returns True if a text of the command line stands for the images below a folder or a bucket's prefix."""
+    is_object = posixpath.splitext(text)[1].lower() in image_extensions()
+    return kind_of(text) == "folder" or (kind_of(text) == "bucket" and not is_object)
 
 
 def _image(location: str, file_path: str = "") -> ImageFile:
     return ImageFile(location, file_path, "", 0, 0)
 
 
-class _Problems:
-    """A `ListingReport` that keeps what cannot be read, as queries with a problem."""
+class _Problems(ListingReport):
+    """Keeps what cannot be read, as queries with a problem."""
 
     def __init__(self) -> None:
         self.queries: list[Query] = []
         self.is_empty = True
-
-    def count_skipped(self, kind: str) -> None:
-        """Does nothing."""
 
     def count_unreadable(self, name: str, reason: str) -> None:
         self.queries.append(Query(name, _image(""), problem=reason))
@@ -110,8 +116,6 @@ def open_query(image: ImageFile) -> AbstractContextManager[OpenedImage]:
         case "other URL":
             raise UsageError("only http://, https://, s3://, gs:// and az:// URLs are read")
         case _:
-            from imagesearch.sources.folder import open_file
-
             return open_file(image)
 
 
@@ -130,8 +134,7 @@ def without_credentials(query: str) -> str:
     if not separator or not re.fullmatch(r"[\w+.-]+", scheme):
         return query
     if kind_of(query) == "bucket":
-        # A key may have an @, too, but not a colon before the first slash.
-        return f"{scheme}://…" if "@" in rest and ":" in rest.partition("/")[0] else query
+        return f"{scheme}://…" if re.search("(:|%3a).*@", rest, re.IGNORECASE | re.DOTALL) else query
     credentials, at, host_and_path = rest.rpartition("@")
     if at and (re.search("[/?#]", credentials) or kind_of(query) != "web"):  # where such a password ends is unknown
         return f"{scheme}://…"
