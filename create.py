@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from imagesearch.arguments import parse_create_arguments
@@ -114,14 +114,6 @@ def find_changed(images: Iterator[ImageFile], index: Index, progress: Progress) 
                 yield replace(image, indexed=file)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a chunk of images: the documents that are stored now, and the images that cannot be read."""
-
-    stored: list[Document]
-    unreadable: list[Unreadable]
-
-
 def index_images_in_chunks(
     images: Iterator[ImageFile], source: Source, index: Index, model: Model, progress: Progress
 ) -> None:
@@ -132,17 +124,15 @@ def index_images_in_chunks(
     chunks = make_chunks(images, size, cpus, source.buffered_bytes, MAX_BUFFERED_BYTES // workers)
     with ThreadPoolExecutor(workers) as pool:
         index_one = partial(index_chunk, source=source, index=index, embedder=embedder, progress=progress)
-        for outcome in map_buffered(pool, index_one, chunks, workers + cpus):
-            for document in outcome.stored:
-                progress.count_stored(document)
-            for unreadable in outcome.unreadable:
-                progress.count_unreadable(unreadable.name, unreadable.reason)
+        for unreadable in map_buffered(pool, index_one, chunks, workers + cpus):
+            for each in unreadable:
+                progress.count_unreadable(each.name, each.reason)
 
 
 def index_chunk(
     images: Sequence[ImageFile], source: Source, index: Index, embedder: Embedder, progress: Progress
-) -> Outcome:
-    """Opens, embeds and writes some images; on a worker, from start to end."""
+) -> list[Unreadable]:
+    """Opens, embeds and writes some images, on a worker from start to end; returns those that cannot be read."""
     documents: list[Document] = []
     with source.open_images(images) as (opened, unreadable):
         progress.advance(len(unreadable))
@@ -159,7 +149,8 @@ def index_chunk(
                     except UnreadableError as error:
                         unreadable.append(Unreadable(each.image.file_path, str(error)))
                 progress.advance(1)
-    return Outcome(index.write(documents), unreadable)
+    progress.count_stored(index.write(documents))
+    return unreadable
 
 
 def prune(source: Source, index: Index, part: Part, progress: Progress, is_forced: bool) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from tqdm import tqdm
@@ -39,7 +39,7 @@ class NoReport(ListingReport):
 class Progress:
     """Counts what happens to the images of a run, and shows it; a `ListingReport`.
 
-    `advance` is safe to use from several threads.
+    `advance` and `count_stored` are safe to use from several threads.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Progress:
         self._started = time.monotonic()
         self._next_line = self._started + LINE_INTERVAL_SECONDS
         self._bar = tqdm(disable=True)
-        self._lock = threading.Lock()  # of the bar
+        self._lock = threading.Lock()  # of the counts and the bar
         self._done = 0
 
     def start(self, index: str, images: Iterable[object]) -> None:
@@ -93,20 +93,23 @@ class Progress:
 
     def count_unchanged(self) -> None:
         """Counts an image whose size and time are unchanged."""
-        self.unchanged += 1
+        with self._lock:
+            self.unchanged += 1
         if self._is_terminal:
             self._bar.initial += 1  # no part of the rate, from which the time left is told
         self.advance(1)
 
-    def count_stored(self, document: Document) -> None:
-        """Counts a document that is now in the index."""
-        if document.embedding is None:
-            self.unchanged += 1
-        elif document.image.indexed:
-            self.updated += 1
-        else:
-            self.new += 1
-        self.copied += document.is_copy
+    def count_stored(self, documents: Sequence[Document]) -> None:
+        """Counts documents that are now in the index."""
+        with self._lock:
+            for document in documents:
+                if document.embedding is None:
+                    self.unchanged += 1
+                elif document.image.indexed:
+                    self.updated += 1
+                else:
+                    self.new += 1
+                self.copied += document.is_copy
 
     @property
     def stored(self) -> int:

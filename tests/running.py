@@ -274,10 +274,12 @@ def end(process: "subprocess.Popen[str]", seconds: float = RUN_SECONDS) -> tuple
 def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     """Reads a script's stderr up to a line with this text."""
     assert process.stderr
+    lines = []
     for line in process.stderr:
+        lines.append(line)
         if text in line:
             return
-    raise AssertionError(f"the script ended without {text!r}")
+    raise AssertionError(f"the script ended without {text!r}: {lines}")
 
 
 def wait_for_start(process: "subprocess.Popen[str]") -> None:

@@ -70,7 +70,8 @@ def test_the_index_is_as_pinned(scripts_on_elasticsearch: Scripts, picture: Pict
     assert index["mappings"]["dynamic"] == "strict"
     vector = index["mappings"]["properties"].pop("embeddings")
     assert (vector["type"], vector["dims"], vector["similarity"]) == ("dense_vector", 768, "cosine")
-    assert vector["index_options"] == {"type": "hnsw", "m": 16, "ef_construction": 100}
+    assert vector["index_options"]["type"] == "int8_hnsw"
+    assert (vector["index_options"]["m"], vector["index_options"]["ef_construction"]) == (16, 100)
     assert set(index["mappings"]["properties"]) == {"desc", "file_path", "size", "mtime", "sha256"}
     response = scripts.search("images/7.png", "-k", 3)[0]
     assert response["_shards"] == {"total": 3, "successful": 3, "skipped": 0, "failed": 0}
@@ -385,7 +386,9 @@ def test_a_missing_shard_is_said_and_is_no_empty_index(
 def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
     """As when the disks are nearly full."""
     scripts, path = scripts_on_elasticsearch, picture("images/a.png")
-    fewer = patched(scripts.folder, {f"{MODULE}.ACTIVE_SHARD_TIMEOUT": "1s"}, FEWER_RETRIES)
+    fewer = patched(
+        scripts.folder, {f"{MODULE}.ACTIVE_SHARD_TIMEOUT": "1s", f"{MODULE}.READ_TIMEOUT_SECONDS": 3}, FEWER_RETRIES
+    )
     settings = {"index.routing.allocation.require._name": "nope"}
     template = {"index_patterns": [scripts.index], "template": {"settings": settings}}
     scripts.request("PUT", f"_index_template/{scripts.index}", template)

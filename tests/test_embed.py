@@ -178,7 +178,7 @@ def test_memory_is_bounded_on_a_machine_of_many_cpus(create: Any, monkeypatch: p
     def index_chunk(images: Sequence[ImageFile], **_: Any) -> Any:
         nonlocal most
         most = max(most, sum(each.size for each in images))
-        return create.Outcome([], [])
+        return []
 
     monkeypatch.setattr(create, "index_chunk", index_chunk)
     images = (ImageFile("a", f"./{number}", "", 256_000, 0) for number in range(20_000))

@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 from imagesearch.index.connection import Connection
 from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, ModelInfo, Search
 
-INDEX_TYPES = ("hnsw", "int8_hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
+INDEX_TYPES = ("int8_hnsw", "hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
 
 
 class Index(Protocol):

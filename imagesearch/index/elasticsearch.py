@@ -59,9 +59,13 @@ MAX_CLASSES = 10_000  # that are listed
 NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
-# Of each segment: docs/scaling.md has the recall that this gives.
-MIN_CANDIDATES = 1500
-OVERSAMPLE = 2  # of a quantized index: so many times the candidates are scored again by their exact vectors
+# num_candidates of each segment, at least, and rescore_vector's oversample, by which Elasticsearch multiplies them:
+# of a quantized index, all of these are scored again by their exact vectors. docs/scaling.md has the recall.
+CANDIDATES: dict[str, tuple[int, int | None]] = {
+    "hnsw": (1500, None),
+    "int8_hnsw": (750, 2),
+    "bbq_hnsw": (1500, 2),
+}
 
 # Pinned, so that all versions of Elasticsearch build the same index. Shards, replicas and everything
 # else are left to the cluster's index templates.
@@ -73,7 +77,7 @@ PROPERTIES: Body = {
     "mtime": {"type": "long", "index": False},
     "sha256": {"type": "keyword"},
 }
-DEFAULT_INDEX_TYPE = "hnsw"
+DEFAULT_INDEX_TYPE = "int8_hnsw"
 GRAPH = {"m": 16, "ef_construction": 100}
 
 # From 9.2 on, vectors are left out of _source, and read back from their normalized form, which loses the last bit.
@@ -268,14 +272,15 @@ class ElasticsearchIndex:
         return responses
 
     def _search_body(self, search: Search) -> Body:
+        candidates, oversample = CANDIDATES.get(self._index_type, CANDIDATES["bbq_hnsw"])
         knn: Body = {
             "field": "embeddings",
             "query_vector": search.embedding,
             "k": search.k,
-            "num_candidates": min(MAX_K, max(MIN_CANDIDATES, 10 * search.k)),
+            "num_candidates": min(MAX_K, max(candidates, 10 * search.k)),
         }
-        if self._index_type != "hnsw":
-            knn["rescore_vector"] = {"oversample": OVERSAMPLE}
+        if oversample:
+            knn["rescore_vector"] = {"oversample": oversample}
         body: Body = {"knn": knn, "size": search.k, "_source": False, "docvalue_fields": ["file_path", "desc"]}
         filters: list[Body] = [] if search.desc is None else [{"term": {"desc": search.desc}}]
         if search.excluded_id is not None:

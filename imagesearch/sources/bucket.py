@@ -30,8 +30,9 @@ SILENT_SECONDS = 10  # after which a store that does not answer is mentioned
 # if the endpoint's URL says so.
 CLIENT_OPTIONS: Any = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "10m", "allow_http": True}
 RETRY_SECONDS_OF_A_RUN, RETRY_SECONDS_OF_A_QUERY = 120, 5
-# Each wait is drawn at random between the first one and `base` times the last; with base 2 they would shrink.
-BACKOFF = {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 3}
+# Each wait is drawn at random between the first one and three times the last; with twice the last they would shrink.
+FIRST_WAIT_SECONDS, WAIT_BASE = 0.3, 3
+WAITS = 15  # of the longest, in all the time
 MAX_RETRIES = 1000  # never reached: the time is the limit
 
 CREDENTIALS_HINT = {
@@ -171,7 +172,9 @@ def split_url(url: str) -> tuple[str, str]:
 @functools.cache
 def _open_store(bucket_url: str, retry_seconds: int) -> Any:
     """Returns the store, configured by the usual environment variables. Raises UsageError."""
-    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=retry_seconds), "backoff": BACKOFF}
+    first, longest = timedelta(seconds=FIRST_WAIT_SECONDS), timedelta(seconds=retry_seconds / WAITS)
+    backoff = {"init_backoff": first, "max_backoff": longest, "base": WAIT_BASE}
+    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=retry_seconds), "backoff": backoff}
     try:
         return from_url(bucket_url, client_options=CLIENT_OPTIONS, retry_config=retry)
     except OBSTORE_ERRORS as error:

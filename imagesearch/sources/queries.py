@@ -56,8 +56,13 @@ def find_queries(texts: Sequence[str], base: str) -> Iterator[Query]:
 
 def is_folder_or_prefix(text: str) -> bool:
     """Returns True if a text of the command line stands for the images below a folder or a bucket's prefix."""
-    is_object = posixpath.splitext(text)[1].lower() in image_extensions()
-    return kind_of(text) == "folder" or (kind_of(text) == "bucket" and not is_object)
+    match kind_of(text):
+        case "folder":
+            return True
+        case "bucket":
+            return posixpath.splitext(text)[1].lower() not in image_extensions()
+        case _:
+            return False
 
 
 def _image(location: str, file_path: str = "") -> ImageFile:
