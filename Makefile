@@ -55,7 +55,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Python could not make $(VENV) (Debian: apt-get install python3-venv)'; exit 1; }
 
 $(VENV)/installed: $(VENV)/bin/python requirements.txt
-	@echo 'Installing the dependencies into $(VENV); this takes some minutes'
+	@echo 'Installing the dependencies into $(VENV); this takes a minute or two'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	@touch $@
 

@@ -5,6 +5,7 @@ from imagesearch.start import exit_on_signals, run  # first: Ctrl-C and missing 
 
 import argparse
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +28,7 @@ from imagesearch.records import BATCH_SIZE, Document, ImageFile, IndexMetadata, 
 from imagesearch.sources import Source, open_source
 
 EXTRA_WORKERS = 4  # beyond one for each CPU: they open images and write documents while others embed
+WRITE_SECONDS = 2  # after which a worker writes what it has embedded: large images take their time
 MAX_BUFFERED_BYTES = 256_000_000  # of the contents that all workers keep in memory together
 
 
@@ -139,6 +141,7 @@ def index_chunk(
         changed = [each.sha256 for each in opened if not each.is_indexed]
         known = index.find_embeddings(changed)
         with embedder.cpu_slots:
+            written_at = time.monotonic()
             for each in opened:
                 if each.is_indexed:  # only its size or time has changed
                     documents.append(Document(each.image, each.sha256, None))
@@ -149,6 +152,9 @@ def index_chunk(
                     except UnreadableError as error:
                         unreadable.append(Unreadable(each.image.file_path, str(error)))
                 progress.advance(1)
+                if time.monotonic() - written_at > WRITE_SECONDS:
+                    progress.count_stored(index.write(documents))
+                    documents, written_at = [], time.monotonic()
     progress.count_stored(index.write(documents))
     return unreadable
 
@@ -162,9 +168,9 @@ def prune(source: Source, index: Index, part: Part, progress: Progress, is_force
     number = sum(1 for _ in listing.find_gone(index))  # not kept: there may be millions
     if number > listing.number_of_images and not is_forced:
         raise UsageError(
-            f"--prune would delete {number:,} documents below {quote_path(source.name)}, where there are"
-            f" {listing.number_of_images:,} images: a disk that is not mounted looks the same. If that is intended, use"
-            " --prune-all."
+            f"--prune would delete {number:,} documents below {quote_path(source.name)}, more than the number of images"
+            f" there ({listing.number_of_images:,}): a disk that is not mounted looks the same. If that is intended,"
+            " use --prune-all."
         )
     for batch in batch_until_error(listing.find_gone(index), BATCH_SIZE):
         progress.deleted += index.delete([document_id(path) for path in batch])

@@ -260,6 +260,8 @@ def say_result(result: Result, arguments: argparse.Namespace) -> None:
     if sys.stdout.isatty():
         if is_many(arguments):
             say(f"{quote_path(result.query.name)}:")
+        if not result.response["hits"]["hits"]:
+            say("no image")
         for hit in result.response["hits"]["hits"]:
             fields = hit["fields"]
             say(f"{hit['_score']:.7f}  {quote_path(fields['desc'][0])}  {quote_path(fields['file_path'][0])}")
