@@ -29,7 +29,7 @@ from imagesearch.sources import Source, open_source
 
 EXTRA_WORKERS = 4  # beyond one for each CPU: they open images and write documents while others embed
 WRITE_SECONDS = 2  # after which a worker writes what it has embedded: large images take their time
-MAX_BUFFERED_BYTES = 256_000_000  # of the contents that all workers keep in memory together
+MAX_BUFFERED_BYTES = 256_000_000  # limit on the contents that all workers keep in memory together
 
 
 def main() -> int:

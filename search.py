@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CLASSES_SHOWN = 10
 WORKERS = 16  # most of a download is waiting
 MAX_OPENED_AT_ONCE = 16  # by a worker
-MAX_HITS_AT_ONCE = 20_000  # of a worker's searches together
+MAX_HITS_AT_ONCE = 20_000  # limit on the hits of all searches of one worker
 
 # C1 controls and DEL, and those that change the direction of the text after them.
 CONTROL_CHARACTERS = {
@@ -102,7 +102,7 @@ def is_many(arguments: argparse.Namespace) -> bool:
 
 def open_page(index: Index, arguments: argparse.Namespace) -> "Page":
     """Returns the page that ``--html`` asks for."""
-    from imagesearch.results_page import Page, check_page_path  # late, to save time without --html
+    from imagesearch.results_page import Page, check_page_path  # imported here: without --html it is not needed
 
     assert index.metadata
     path = check_page_path(arguments.html, arguments.image)
@@ -203,7 +203,7 @@ def with_bar(results: Iterator[Result], index: Index, arguments: argparse.Namesp
     if not is_many(arguments) or sys.stdout.isatty() or not sys.stderr.isatty():
         yield from results
         return
-    from imagesearch.progress import open_bar  # late: it takes some 30 ms
+    from imagesearch.progress import open_bar  # imported here: it takes some 30 ms
 
     with open_bar(find_queries(arguments.image, index.base)) as bar:
         for result in results:
@@ -254,7 +254,7 @@ def json_line(result: Result) -> str:
 def say_result(result: Result, arguments: argparse.Namespace) -> None:
     """Tells the user what the JSON does not show at a glance."""
     if "error" in result.response:
-        if not sys.stdout.isatty():  # which shows it already
+        if not sys.stdout.isatty():  # a terminal shows the line of JSON already
             say(result.response["error"]["reason"])
         return
     if sys.stdout.isatty():

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from imagesearch.errors import OutputError
 
-CLEAR_LINE = "\r\x1b[K"  # of a progress bar, which is drawn again when it moves
+CLEAR_LINE = "\r\x1b[K"  # clears a progress bar, which is drawn again when it moves
 SAY_SECONDS = 10
 
 _last_said_at = float(-SAY_SECONDS)

@@ -31,7 +31,7 @@ class Embedder:
         self._get_model = get_model
         self._model: Future[Model] | None = None
         self._recent = OrderedDict[str, Embedding]()
-        self._lock = threading.Lock()  # of the model and the recent embeddings
+        self._lock = threading.Lock()  # guards the model and the recent embeddings
         self.cpu_slots = threading.Semaphore(available_cpus())
         """A thread holds one while it embeds, so that no more do than there are CPUs."""
 

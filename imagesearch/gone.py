@@ -7,7 +7,7 @@ import numpy as np
 
 from imagesearch.index import Index
 from imagesearch.parallel import batch_until_error
-from imagesearch.records import BATCH_SIZE, ListingReport, Part, document_id
+from imagesearch.records import BATCH_SIZE, ListingReport, Part, document_id, short_id
 from imagesearch.sources import Source
 
 
@@ -18,7 +18,7 @@ class Listing(ListingReport):
         self._source = source
         self._part = part
         self._unreadable = set[str]()
-        ids = array("Q", (_short_id(image.id) for image in source.find_images(self) if part.contains(image.id)))
+        ids = array("Q", (short_id(image.id) for image in source.find_images(self) if part.contains(image.id)))
         self._ids = np.sort(np.frombuffer(ids, np.uint64))
         self.number_of_images = len(self._ids)
 
@@ -33,7 +33,7 @@ class Listing(ListingReport):
         """
         paths = (path for path in index.list_paths(self._source.name) if self._part.contains(document_id(path)))
         for batch in batch_until_error(paths, BATCH_SIZE):
-            ids = np.array([_short_id(document_id(path)) for path in batch], np.uint64)
+            ids = np.array([short_id(document_id(path)) for path in batch], np.uint64)
             places = np.searchsorted(self._ids, ids)
             for path, id_, place in zip(batch, ids, places, strict=True):
                 is_listed = place < len(self._ids) and self._ids[place] == id_
@@ -43,7 +43,3 @@ class Listing(ListingReport):
     def _may_be_below_unreadable(self, file_path: str) -> bool:
         folders = (file_path[:end] for end, character in enumerate(file_path) if character == "/")
         return bool(self._unreadable) and any(path in self._unreadable for path in (file_path, *folders))
-
-
-def _short_id(id_: str) -> int:
-    return int(id_[:16], 16)

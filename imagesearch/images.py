@@ -34,7 +34,7 @@ MAX_FULL_SCALE_SIDE = 1 << 14
 
 # Pillow's limit is far below the size of JPEGs that are decoded at reduced scale in little memory.
 Image.MAX_IMAGE_PIXELS = None
-MAX_SIDE = 65_535  # of a JPEG
+MAX_SIDE = 65_535  # the longest side that a JPEG can have
 
 # At the peak of decoding and converting, measured with Pillow 13. A baseline JPEG is decoded at reduced scale; of a
 # progressive one, all coefficients are kept.
@@ -71,7 +71,7 @@ def image_extensions() -> frozenset[str]:
 @functools.cache
 def heif_format() -> tuple[str, ...]:
     """Returns the name of the format of HEIC files, after making Pillow read them."""
-    import pi_heif  # late, since it takes longer to import than a JPEG to decode
+    import pi_heif  # imported here: it takes longer than decoding a JPEG
 
     pi_heif.register_heif_opener()
     return ("HEIF",)
@@ -137,7 +137,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_grayscale(image)
     if is_large:
-        if image.mode in ("1", "P", "PA"):  # which Pillow cannot reduce
+        if image.mode in ("1", "P", "PA"):  # Pillow cannot reduce these
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         image = image.reduce(max(1, longest // DRAFT_SIZE))
     if image.has_transparency_data:
@@ -156,7 +156,7 @@ def _to_grayscale(image: Image.Image) -> Image.Image:
     on, so the image's own minimum and maximum are used.
     """
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    tags = getattr(image, "tag_v2", {})  # only a TIFF has them
     if image.mode.startswith("I;16"):
         low, high = 0.0, float(2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1)
     else:
@@ -169,7 +169,7 @@ def _to_grayscale(image: Image.Image) -> Image.Image:
         low, high = high, low
     # Some rows at a time: as 64-bit floats all of them would take eight times the memory.
     gray = np.concatenate([to_uint8(rows, low, high) for rows in np.array_split(values, values.size // (1 << 22) + 1)])
-    if isinstance(clear := image.info.get("transparency"), int):  # of a PNG
+    if isinstance(clear := image.info.get("transparency"), int):  # only a PNG has it
         gray[values == clear] = 255
     return Image.fromarray(gray)
 

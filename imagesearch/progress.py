@@ -15,7 +15,7 @@ from imagesearch.locations import quote_path
 from imagesearch.records import Document, ListingReport
 
 UNREADABLE_SHOWN = 20  # on a terminal
-KINDS_SHOWN = 10  # of skipped files
+KINDS_SHOWN = 10  # kinds of skipped files
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 BAR_AFTER_SECONDS = 2  # so that its first rate is not that of one image
 
@@ -44,14 +44,14 @@ class Progress:
 
     def __init__(self) -> None:
         self.new = self.updated = self.unchanged = self.deleted = self.unreadable = 0
-        self.copied = 0  # of the new and updated ones
+        self.copied = 0  # how many of the new and updated ones
         self._is_terminal = sys.stderr.isatty()
         self._skipped = collections.Counter[str]()
         self._index = ""
         self._started = time.monotonic()
         self._next_line = self._started + LINE_INTERVAL_SECONDS
         self._bar = tqdm(disable=True)
-        self._lock = threading.Lock()  # of the counts and the bar
+        self._lock = threading.Lock()  # guards the counts and the bar
         self._done = 0
 
     def start(self, index: str, images: Iterable[object]) -> None:

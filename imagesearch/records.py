@@ -8,7 +8,7 @@ from typing import BinaryIO, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-DIMENSIONS = 768  # of an embedding
+DIMENSIONS = 768  # the length of an embedding
 BATCH_SIZE = 1000  # documents that are looked up, listed or deleted together
 MAX_K = 10_000  # Elasticsearch's limit on num_candidates and on the size of a result
 SCORE_TOLERANCE = 1e-6  # the score of the same vector comes out up to 8e-7 from 1, since float32 is rounded
@@ -22,6 +22,11 @@ PREPROCESSING = 3
 def document_id(file_path: str) -> str:
     """Returns the ``_id`` of the document for `file_path`: its SHA-256 in hex."""
     return hashlib.sha256(file_path.encode()).hexdigest()
+
+
+def short_id(id_: str) -> int:
+    """Returns the first 8 bytes of an ``_id`` as a number."""
+    return int(id_[:16], 16)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Part:
 
     def contains(self, id_: str) -> bool:
         """Returns True if the document with this ``_id``, a SHA-256 in hex, is in this part."""
-        return int(id_[:16], 16) % self.count == self.number - 1
+        return short_id(id_) % self.count == self.number - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except ImageSearchError as error:
         say(f"{program}: {error}")
         code = error.exit_code
-    except OSError as error:  # of the system, where nothing more specific is known
+    except OSError as error:  # the system refused something
         place = f": {quote_path(str(error.filename))}" if error.filename else ""
         say(f"{program}: {describe_error(error)}{place}.")
         code = ImageSearchError.exit_code

@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 from imagesearch.index.connection import Connection
 from imagesearch.records import Document, Embedding, FileMetadata, IndexMetadata, ModelInfo, Search
 
-INDEX_TYPES = ("int8_hnsw", "hnsw", "bbq_hnsw")  # of Elasticsearch's dense_vector
+INDEX_TYPES = ("int8_hnsw", "hnsw", "bbq_hnsw")  # index_options.type of a dense_vector
 
 
 class Index(Protocol):

@@ -16,7 +16,7 @@ from imagesearch.records import DIMENSIONS
 # A cosine in float32 is off by at most 768 · eps, here and in sqlite-vec: two of them can be 2 · 768 · eps apart, and
 # so can those of the k-th best row.
 MARGIN = 4 * DIMENSIONS * float(np.finfo(np.float32).eps)  # 3.7e-4
-MAX_CANDIDATES = 1 << 20  # of all searches together: 16 MB
+MAX_CANDIDATES = 1 << 20  # for all searches together: 16 MB
 
 
 class Candidates:
@@ -33,7 +33,7 @@ class Candidates:
             len(embeddings), least - MARGIN, np.float32
         )  # a lower cosine is not among the nearest
         self._rowids = np.empty(0, np.int64)
-        self._query_numbers = np.empty(0, np.int32)  # of the search that each is a candidate for
+        self._query_numbers = np.empty(0, np.int32)  # the search that each row is a candidate for
         self._cosines = np.empty(0, np.float32)
         self._kept = 0  # candidates after the last sorting
         self._too_many: set[int] = set()  # searches whose candidates are not kept

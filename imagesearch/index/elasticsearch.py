@@ -51,11 +51,11 @@ Body = dict[str, Any]
 CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS = 10, 30
 SECONDS_PER_SEARCH = 2  # more to wait for each of several searches in one request
 HEALTH_TIMEOUT_SECONDS = 5
-ACTIVE_SHARD_TIMEOUT = "20s"  # of a new index
+ACTIVE_SHARD_TIMEOUT = "20s"  # how long a new index is given to start its shards
 MAX_CONNECTIONS = 32
 SEARCH_REQUESTS = 4  # under way at a time, so that a distant server is not waited for
 SEARCHES_AT_ONCE = 32  # in one request, below 1 MB: nginx's default limit
-MAX_CLASSES = 10_000  # that are listed
+MAX_CLASSES = 10_000  # classes that are listed at most
 NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
@@ -265,7 +265,7 @@ class ElasticsearchIndex:
                 lines = [line for search in searches for line in ({}, self._search_body(search))]
                 responses = self._send("POST", self._path("_msearch"), lines, timeout_seconds=timeout)["responses"]
         for response in responses:
-            status = response.pop("status", 200)  # of one in _msearch
+            status = response.pop("status", 200)  # each response of _msearch has a status
             if status != 200:
                 raise self._response_error(status, {"X-Elastic-Product": "Elasticsearch"}, response)
             _limit_scores(response)
@@ -456,7 +456,9 @@ class ElasticsearchIndex:
         return response_error(status, headers, body, self._connection, self._name)
 
     def _connection_error(self, error: BaseException) -> ImageSearchError:
-        if "Read timed out" in str(error) and (shards := self._missing_shards()):  # which Elasticsearch waits for
+        if "Read timed out" in str(error) and (
+            shards := self._missing_shards()
+        ):  # Elasticsearch may be waiting for a shard
             return missing_shards_error(self._name, shards)
         return connection_error(error, self._connection)
 

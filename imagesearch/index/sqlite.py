@@ -44,7 +44,7 @@ BUSY_TIMEOUT_SECONDS = 60
 PAGE_BYTES = 16_384  # four rows
 ROWS_PER_CPU = 10_000  # at least, of a search on several CPUs
 SEARCHES_AT_ONCE = 512
-ROWS_PER_BLOCK = 2048  # that are compared with all searches at once
+ROWS_PER_BLOCK = 2048  # rows that are compared with all searches at once
 
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
@@ -84,7 +84,7 @@ class SqliteIndex:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._name = path.stem
-        self._lock = threading.Lock()  # of the database
+        self._lock = threading.Lock()  # guards the connection
         self._search_lock = threading.Lock()  # a search uses all CPUs
         self._searchers: list[apsw.Connection] = []  # SQLite searches on as many CPUs as there are connections
         self.location = quote_path(str(path))
@@ -160,7 +160,7 @@ class SqliteIndex:
     def create(self, metadata: IndexMetadata) -> None:
         self._database = database = self._database or self._open()
         with self._explain_errors():
-            database.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
+            database.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # only a new file takes it
         with self._transaction():
             database.execute(SCHEMA)
             record = "INSERT INTO metadata SELECT ? WHERE NOT EXISTS (SELECT * FROM metadata)"

@@ -26,7 +26,7 @@ def clip_path() -> Path:
         url, timeout = hf_hub_url(REPOSITORY, FILE_NAME), constants.HF_HUB_ETAG_TIMEOUT
         get_hf_file_metadata(url, token=False, timeout=timeout)
         return Path(hf_hub_download(REPOSITORY, FILE_NAME, token=False, local_dir=cache_folder()))
-    except Exception as error:  # of the hub, of its HTTP client, of the file system
+    except Exception as error:  # from the hub, its HTTP client or the file system
         raise ImageSearchError(
             f"CLIP could not be downloaded from {constants.ENDPOINT} ({type(error).__name__}): connect to the internet"
             f" and run the command again, or use --model FILE with a copy of imgbeddings' {FILE_NAME}. A baseline needs"

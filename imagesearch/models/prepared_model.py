@@ -18,7 +18,7 @@ from imagesearch.parallel import available_cpus
 
 PROBE_NAME = "probe.onnx"
 REWRITE_VERSION = 3  # increment it if the rewrite changes
-PREPARATION_BYTES = 10_000_000  # of a model whose preparation takes seconds
+PREPARATION_BYTES = 10_000_000  # preparing a larger model takes seconds
 
 
 def model_sha256(path: Path) -> str:
@@ -89,7 +89,7 @@ def _write_probe(path: Path) -> None:
 
 
 def _prepare(path: Path, weights: str, target: Path) -> None:
-    from imagesearch.models.int8 import load, rewrite  # late, too
+    from imagesearch.models.int8 import load, rewrite  # imported here, for the same reason
 
     if path.stat().st_size > PREPARATION_BYTES:
         say("Preparing the model for this CPU, which takes some seconds, once.")

@@ -93,7 +93,7 @@ class Page:
         self._pictures: dict[str, Picture] = {}  # by the keys of `_key`
         self._sections: dict[str, int] = {}  # the number of the section of each query that was answered, likewise
         self._number_of_sections = self._number_of_rules = self._left_out = 0
-        self._lock = threading.Lock()  # of the pictures
+        self._lock = threading.Lock()  # guards the pictures
 
     def keep_preview(self, query: Query, opened: OpenedImage) -> None:
         """Keeps the preview of a query that is open now. Safe to use from several threads."""
@@ -262,7 +262,7 @@ def preview(stream: BinaryIO) -> tuple[bytes, tuple[int, int]]:
 def _convert_to_srgb(image: Image.Image) -> None:
     """Converts an RGB image from its ICC profile, if it has one of RGB, to sRGB."""
     profile = image.info.get("icc_profile") or b""
-    if profile[16:20] != b"RGB ":  # of a grayscale or CMYK image, whose pixels are RGB by now
+    if profile[16:20] != b"RGB ":  # a grayscale or CMYK image, whose pixels are RGB by now
         return
     with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

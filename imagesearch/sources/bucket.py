@@ -32,7 +32,7 @@ CLIENT_OPTIONS: Any = {"connect_timeout": "10s", "read_timeout": "30s", "timeout
 RETRY_SECONDS_OF_A_RUN, RETRY_SECONDS_OF_A_QUERY = 120, 5
 # Each wait is drawn at random between the first one and three times the last; with twice the last they would shrink.
 FIRST_WAIT_SECONDS, WAIT_BASE = 0.3, 3
-WAITS = 15  # of the longest, in all the time
+WAITS = 15  # how many of the longest waits fill the time
 MAX_RETRIES = 1000  # never reached: the time is the limit
 
 CREDENTIALS_HINT = {

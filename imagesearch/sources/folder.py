@@ -13,7 +13,7 @@ from imagesearch.images import image_extensions
 from imagesearch.locations import file_path_of, path_to_text, quote_path
 from imagesearch.records import ImageFile, ListingReport, OpenedImage, Unreadable
 
-MAX_SMALL_BYTES = 1 << 18  # of a file that is read at once: each call may have to wait for the GIL
+MAX_SMALL_BYTES = 1 << 18  # a smaller file is read at once: each call may have to wait for the GIL
 MAX_MTIME = 2**63 - 1  # what an index can store, in nanoseconds
 
 
@@ -97,7 +97,7 @@ class FolderSource:
 
 def _skipped_kind(name: str, status: os.stat_result) -> str:
     """Returns why a file or folder is not looked at, in a word; empty if it is, or is not counted either."""
-    if name == ".gitignore":  # which images/ has in a clone
+    if name == ".gitignore":  # images/ has one in a clone
         return ""
     if name.startswith("."):
         return "hidden"

@@ -2,8 +2,8 @@
 
 from imagesearch.parallel import MemoryLimit
 
-MAX_CONTENT_BYTES = 200_000_000  # of one image
-MAX_BUFFERED_BYTES = 256_000_000  # of all such images that are in memory together
+MAX_CONTENT_BYTES = 200_000_000  # limit for one image
+MAX_BUFFERED_BYTES = 256_000_000  # limit for all such images together
 
 content_memory = MemoryLimit(MAX_BUFFERED_BYTES)
 

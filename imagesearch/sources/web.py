@@ -29,7 +29,7 @@ def open_url(image: ImageFile) -> Iterator[OpenedImage]:
             content = call_on_thread(lambda: _download(image.location, stack), DOWNLOAD_TIMEOUT_SECONDS)
         except TimeoutError:
             raise ValueError(f"it takes more than {DOWNLOAD_TIMEOUT_SECONDS} seconds") from None
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):  # which would be in the message
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):  # their message has the URL
             raise ValueError("it, or where it redirects to, is not a valid http or https URL") from None
         except (requests.RequestException, HTTPError) as error:
             cause = root_cause(error)
