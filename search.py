@@ -50,9 +50,7 @@ def main() -> int:
         model = model_loader(check_index(index, arguments), arguments)
         page = open_page(index, arguments) if arguments.html is not None else None
         queries = find_queries(arguments.image, index.base)
-        with closing(
-            search_all(queries, index, Embedder(model), page, arguments)
-        ) as results:  # closed before the index is
+        with closing(search_all(queries, index, Embedder(model), page, arguments)) as results:
             for result in with_bar(check_hits(results, index, arguments), index, arguments):
                 write_line(json_line(result))
                 say_result(result, arguments)
@@ -148,13 +146,13 @@ def search_all(
 
 
 def look_up(queries: Iterator[Query], index: Index) -> Iterator[Query]:
-    """Yields the queries; with the hash of their content, if they are listed and as the index knows them."""
+    """Yields the queries; those that are listed and unchanged with the hash of their content, from the index."""
     for batch in batch_until_error(queries, BATCH_SIZE):
-        indexed = index.get_file_metadata([query.image.id for query in batch if query.is_listed])
+        ids = [query.image.id for query in batch if query.is_listed]
+        indexed = index.get_file_metadata(ids) if ids else {}
         for query in batch:
-            known = indexed.get(query.image.id)
-            is_unchanged = known is not None and known.matches(query.image)
-            yield replace(query, sha256=known.sha256) if known and is_unchanged else query
+            file = indexed.get(query.image.id)
+            yield replace(query, sha256=file.sha256) if file and file.matches(query.image) else query
 
 
 def search_chunk(
