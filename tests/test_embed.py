@@ -58,12 +58,14 @@ class KeptDocuments:
 
     def __init__(self) -> None:
         self.written: list[Document] = []
+        self.writes = 0
 
     def find_embeddings(self, sha256s: Sequence[str]) -> dict[str, np.ndarray]:
         return {}
 
     def write(self, documents: Sequence[Document]) -> list[Document]:
         self.written += documents
+        self.writes += 1
         return list(documents)
 
 
@@ -128,6 +130,16 @@ def test_one_image_is_embedded_on_each_cpu(tmp_path: Path, create: Any) -> None:
     create.index_images_in_chunks(iter(images), FolderSource("/", "/"), index, model, progress)
     assert {document.image.file_path for document in index.written} == {each.file_path for each in images}
     assert (progress.new, model.most) == (60, available_cpus())
+
+
+def test_what_takes_long_is_written_now_and_then(tmp_path: Path, create: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two seconds; here after each image."""
+    monkeypatch.setattr(create, "WRITE_SECONDS", 0)
+    image((20, 20), 1).save(tmp_path / "a.png")
+    index = KeptDocuments()
+    images = (ImageFile(str(tmp_path / "a.png"), f"./{number}.png", "", 0, 0) for number in range(30))
+    create.index_images_in_chunks(images, FolderSource("/", "/"), index, CountingModel(), Progress())
+    assert len(index.written) == 30 and index.writes > 30
 
 
 @pytest.mark.slow

@@ -73,6 +73,22 @@ def test_a_consumer_that_stops_early_cancels_the_rest() -> None:
     assert len(done) < 10
 
 
+def test_an_error_waits_for_what_is_under_way_and_starts_nothing_more() -> None:
+    done, seen = list[int](), list[int]()
+
+    def work(number: int) -> int:
+        if number == 0:
+            raise ValueError
+        time.sleep(0.05)
+        done.append(number)
+        return number
+
+    with ThreadPoolExecutor(3) as pool, pytest.raises(ValueError):
+        for result in map_buffered(pool, work, range(100), buffersize=6):
+            seen.append(result)
+    assert seen == sorted(done) and 1 <= len(seen) < 6
+
+
 def test_what_came_before_an_error_is_not_lost() -> None:
     assert [len(batch) for batch in batch_until_error(range(10), 4)] == [4, 4, 2]
     batches = batch_until_error(failing(), 4)
