@@ -74,9 +74,11 @@ def through_proxy(scripts: Scripts, proxy: TcpProxy) -> str:
 def test_a_server_that_is_killed_or_frozen_and_comes_back_loses_nothing(
     is_killed: bool, scripts_to_kill: Scripts, elasticsearch_to_kill: Elasticsearch
 ) -> None:
-    """A frozen one is waited for 30 seconds at a time; here for two."""
-    seconds = "import imagesearch.index.elasticsearch as e\ne.READ_TIMEOUT_SECONDS = 2\n"
-    process = scripts_to_kill.start_until(600, code="" if is_killed else seconds)
+    """A frozen one is waited for 30 seconds at a time, here for three; each retry is said, here without a pause."""
+    patch = "import imagesearch.console as c\nc.SAY_SECONDS = 0\n"
+    if not is_killed:
+        patch += "import imagesearch.index.elasticsearch as e\ne.READ_TIMEOUT_SECONDS = 3\n"
+    process = scripts_to_kill.start_until(600, code=patch)
     stop: Callable[[], None] = elasticsearch_to_kill.kill
     stop() if is_killed else elasticsearch_to_kill.signal(signal.SIGSTOP)
     try:
