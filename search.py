@@ -134,9 +134,10 @@ def search_all(
     opened_at_once = max(1, min(MAX_OPENED_AT_ONCE, raise_open_file_limit() // 2 // WORKERS))
 
     def weight(query: Query) -> int:
+        if query.sha256:  # it is not opened
+            return 0
         # A remote image gets its own chunk: two chunks that hold memory and wait for more would wait for each other.
-        is_remote = kind_of(query.image.location) in ("web", "bucket")
-        return 0 if query.sha256 else opened_at_once if is_remote else 1
+        return opened_at_once if kind_of(query.image.location) in ("web", "bucket") else 1
 
     chunks = make_chunks(look_up(queries, index), size, 0, weight, opened_at_once)
     search_one = partial(search_chunk, index=index, embedder=embedder, page=page, arguments=arguments)

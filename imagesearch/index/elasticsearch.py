@@ -57,6 +57,7 @@ SEARCH_REQUESTS = 4  # under way at a time, so that a distant server is not wait
 SEARCHES_AT_ONCE = 32  # in one request, below 1 MB: nginx's default limit
 MAX_CLASSES = 10_000  # classes that are listed at most
 NO_STORED_FIELDS = "_none_"  # not even the _id, for which each document's source would be decompressed
+ITEM_HEADERS = {"X-Elastic-Product": "Elasticsearch"}  # for an error within a response of Elasticsearch
 META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may share
 
 # num_candidates of each segment, at least, and rescore_vector's oversample, by which Elasticsearch multiplies them:
@@ -267,7 +268,7 @@ class ElasticsearchIndex:
         for response in responses:
             status = response.pop("status", 200)  # each response of _msearch has a status
             if status != 200:
-                raise self._response_error(status, {"X-Elastic-Product": "Elasticsearch"}, response)
+                raise self._response_error(status, ITEM_HEADERS, response)
             _limit_scores(response)
         return responses
 
@@ -369,8 +370,7 @@ class ElasticsearchIndex:
             time.sleep(wait_seconds)
             actions = rejected
         if refused:
-            headers = {"X-Elastic-Product": "Elasticsearch"}
-            raise response_error(refused["status"], headers, refused, self._connection, self._name)
+            raise self._response_error(refused["status"], ITEM_HEADERS, refused)
         return done
 
     def _bulk_results(self, actions: Sequence[Body]) -> list[Body]:
@@ -456,9 +456,8 @@ class ElasticsearchIndex:
         return response_error(status, headers, body, self._connection, self._name)
 
     def _connection_error(self, error: BaseException) -> ImageSearchError:
-        if "Read timed out" in str(error) and (
-            shards := self._missing_shards()
-        ):  # Elasticsearch may be waiting for a shard
+        # Elasticsearch may have been waiting for a shard.
+        if "Read timed out" in str(error) and (shards := self._missing_shards()):
             return missing_shards_error(self._name, shards)
         return connection_error(error, self._connection)
 

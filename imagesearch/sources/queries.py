@@ -74,7 +74,6 @@ class _Problems(ListingReport):
 
     def __init__(self) -> None:
         self.queries: list[Query] = []
-        self.is_empty = True
 
     def count_unreadable(self, name: str, reason: str) -> None:
         self.queries.append(Query(name, _image(""), problem=reason))
@@ -82,24 +81,30 @@ class _Problems(ListingReport):
     def take(self) -> list[Query]:
         """Returns what was kept since the last call."""
         taken, self.queries = self.queries, []
-        self.is_empty &= not taken
         return taken
 
 
 def _find_below(text: str, base: str) -> Iterator[Query]:
-    problems, is_empty = _Problems(), True
+    """Yields a query for each image below a folder or prefix, or one that says why there is none."""
+    is_empty = True
     try:
-        for image in open_source(text, base).find_images(problems):
-            yield from problems.take()
-            # A folder's location is its path; a bucket's is a key, and the file_path is the URL.
-            location = image.file_path if kind_of(text) == "bucket" else image.location
-            yield Query(image.file_path, replace(image, location=location), is_listed=True)
+        for query in _list_below(text, base):
+            yield query
             is_empty = False
-        yield from problems.take()
-        if is_empty and problems.is_empty:
+        if is_empty:
             yield Query(text, _image(text), problem="there are no images below it")
     except (ImageSearchError, OSError) as error:
         yield Query(without_credentials(text), _image(""), problem=describe_error(error).rstrip("."))
+
+
+def _list_below(text: str, base: str) -> Iterator[Query]:
+    problems, is_bucket = _Problems(), kind_of(text) == "bucket"
+    for image in open_source(text, base).find_images(problems):
+        yield from problems.take()
+        # A folder's location is its path; a bucket's is a key, and the file_path is the URL.
+        location = image.file_path if is_bucket else image.location
+        yield Query(image.file_path, replace(image, location=location), is_listed=True)
+    yield from problems.take()
 
 
 def open_query(image: ImageFile) -> AbstractContextManager[OpenedImage]:
