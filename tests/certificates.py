@@ -6,17 +6,13 @@ there is no keyUsage (seen in us-south on 2026-10-08).
 
 import datetime
 import ipaddress
-import ssl
 from pathlib import Path
-from typing import Any
 
-import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from requests.adapters import HTTPAdapter
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -73,22 +69,3 @@ class CA:
         paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
         paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return paths
-
-
-class _TrustingAdapter(HTTPAdapter):
-    def __init__(self, ca: Path) -> None:
-        self.context = ssl.create_default_context(cafile=ca)
-        self.context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        super().__init__()
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self.context, **kwargs)
-
-
-def trusting_session(ca: Path) -> requests.Session:
-    """A session for the tests' own requests, which trusts this CA on every Python."""
-    session = requests.Session()
-    session.mount("https://", _TrustingAdapter(ca))
-    session.verify = str(ca)
-    session.trust_env = False
-    return session

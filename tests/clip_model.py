@@ -117,23 +117,3 @@ def build(path: Path, layers: int = 12, seed: int = 0) -> None:
     model.ir_version = 8
     onnx.checker.check_model(model)
     quantize_dynamic(model, str(path), weight_type=QuantType.QUInt8)
-
-
-def build_processor(folder: Path, words: int = 49_408, seed: int = 0) -> None:
-    """Writes a `CLIPProcessor` whose tokenizer has CLIP's size, made of random merges, to `folder`."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
-
-    random = np.random.default_rng(seed)
-    letters = sorted(ByteLevel.alphabet())
-    tokens = letters + [letter + "</w>" for letter in letters]
-    known, merges = set(tokens), []
-    while len(tokens) < words - 2:
-        first, second = (tokens[n] for n in random.integers(0, len(tokens), 2))
-        if "</w>" not in first and first + second not in known and len(first + second) < 16:
-            merges.append((first, second))
-            tokens.append(first + second)
-            known.add(first + second)
-    vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
-    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)

@@ -12,6 +12,7 @@ from PIL import Image
 from imagesearch.images import open_rgb
 
 Picture = Callable[..., Path]
+Pictures = Callable[..., list[Path]]
 
 
 class Report:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -29,13 +28,13 @@ from tests.server import ROOT, request
 
 RUN_SECONDS = 300  # after which a person would give up
 
-# In a script: after some images, embedding waits for a file.
+# In a script: after 300 images, embedding waits for a file.
 PAUSING = """
 import itertools, os, time
 import imagesearch.models as models
 create_embedding, calls = models.Thumbnail.create_embedding, itertools.count()
 def pausing(self, pixels):
-    while next(calls) >= {number} and not os.path.exists({go_on!r}):
+    while next(calls) >= 300 and not os.path.exists({go_on!r}):
         time.sleep(0.02)
     return create_embedding(self, pixels)
 models.Thumbnail.create_embedding = pausing
@@ -63,6 +62,15 @@ class Scripts:
     def on_elasticsearch(self) -> bool:
         return "ES_URL" in self.environment
 
+    def move_to(self, folder: Path) -> "Scripts":
+        """Lets the scripts run in another folder; what they write stays in this one. Returns itself."""
+        self.home, self.folder = self.home or self.folder, folder
+        return self
+
+    def behind(self, port: int) -> dict[str, str]:
+        """The environment in which Elasticsearch is reached by another port, a proxy's."""
+        return {"ES_URL": re.sub(r":\d+$", f":{port}", self.environment["ES_URL"])}
+
     @property
     def database(self) -> Path:
         return (self.home or self.folder) / f"{self.index}.db"
@@ -75,9 +83,14 @@ class Scripts:
         return [str(ROOT / script), *model, *([] if named else index), *map(str, arguments)]
 
     def start(
-        self, script: str, *arguments: object, stdin: Any = subprocess.DEVNULL, **environment: str
+        self,
+        script: str,
+        *arguments: object,
+        stdin: Any = subprocess.DEVNULL,
+        stderr: Any = subprocess.PIPE,
+        **environment: str,
     ) -> "subprocess.Popen[str]":
-        """Starts a script; its output is text, on pipes."""
+        """Starts a script; its output is text, on pipes unless another file is given."""
         return subprocess.Popen(
             [sys.executable, *self.arguments(script, *arguments)],
             cwd=self.folder,
@@ -85,7 +98,7 @@ class Scripts:
             text=True,
             stdin=stdin,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
         )
 
     def run(
@@ -103,19 +116,19 @@ class Scripts:
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def start_until(self, number: int, code: Any = "", **environment: str) -> "subprocess.Popen[str]":
-        """Starts create.py, in which `code` is run first, and waits until it has stored some of `number` images.
+    def start_paused(self, code: Any = "", **options: Any) -> "subprocess.Popen[str]":
+        """Starts create.py, in which `code` is run first, and waits until it has stored 100 of 300 images.
 
-        It embeds no more than these until `go_on` is called.
+        It embeds no more than these 300 until `go_on` is called.
         """
-        code += PAUSING.format(number=number, go_on=str(self.pause_file))
-        process = self.start("create.py", **patched(self.pause_file.parent, code=code), **environment)
-        wait_until(lambda: process.poll() is not None or self.count() >= number // 3)
+        code += PAUSING.format(go_on=str(self.pause_file))
+        process = self.start("create.py", **patched(self.pause_file.parent, code=code), **options)
+        wait_until(lambda: process.poll() is not None or self.count() >= 100)
         assert process.poll() is None, process.communicate()
         return process
 
     def go_on(self) -> None:
-        """Lets a script that `start_until` has started embed the rest."""
+        """Lets a script that `start_paused` has started embed the rest."""
         self.pause_file.touch()
 
     @property
@@ -185,7 +198,7 @@ class Scripts:
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Sends a request to Elasticsearch; its JSON."""
-        return request(self.environment["ES_URL"], self.environment["ES_CA_CERT"], method, path, body)
+        return request(self.environment, method, path, body)
 
     def count(self) -> int:
         """How many documents the index has; 0 before there is one."""
@@ -280,15 +293,3 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
         if text in line:
             return
     raise AssertionError(f"the script ended without {text!r}: {lines}")
-
-
-def wait_for_start(process: "subprocess.Popen[str]") -> None:
-    """Waits until a script's first import has removed Python's SIGINT handler; what comes before is Python's own."""
-    was_there = False
-    while process.poll() is None:
-        caught = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
-        is_there = bool(int(caught[0], 16) & 1 << (signal.SIGINT - 1)) if caught else False
-        if was_there and not is_there:
-            return
-        was_there |= is_there
-        time.sleep(0.001)

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import socketserver
 import threading
 import time
 from typing import Self
@@ -16,8 +15,7 @@ class TcpProxy:
 
     def __init__(self, server_port: int, delay_seconds: float = 0) -> None:
         self.port = 0
-        self._server_port = server_port
-        self._delay_seconds = delay_seconds
+        self._server_port, self._delay_seconds = server_port, delay_seconds
 
     def __enter__(self) -> Self:
         self.start()
@@ -28,54 +26,38 @@ class TcpProxy:
 
     def start(self) -> None:
         """Listens, after an outage on the same port as before."""
-        self._server = _Server(("127.0.0.1", self.port), _Handler)
-        self._server.server_port = self._server_port
-        self._server.delay_seconds = self._delay_seconds
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        self._connections: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Ends all connections and refuses new ones, as if the server was killed."""
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in self._server.connections.copy():
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        _end(self._listener)
+        self._thread.join()
+        for connection in self._connections:
+            _end(connection)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the proxy is stopped
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self._connections += [client, server]
+                for pair in ((client, server, 0), (server, client, self._delay_seconds)):
+                    threading.Thread(target=_pass_on, args=pair, daemon=True).start()
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128
-    server_port: int
-    delay_seconds: float
-
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        self.connections: set[socket.socket] = set()
-
-    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
-        self.connections.add(request)  # whose end, at an outage, ends the one behind it
-        super().process_request(request, client_address)
-
-
-class _Handler(socketserver.BaseRequestHandler):
-    server: _Server
-
-    def handle(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.server.server_port)) as upstream:
-            delay = self.server.delay_seconds
-            thread = threading.Thread(target=_pass_on, args=[upstream, self.request, delay])
-            thread.start()
-            _pass_on(self.request, upstream)
-            thread.join()
-        self.server.connections.discard(self.request)
-
-
-def _pass_on(source: socket.socket, target: socket.socket, delay_seconds: float = 0) -> None:
+def _pass_on(source: socket.socket, target: socket.socket, delay_seconds: float) -> None:
     with contextlib.suppress(OSError):
         while content := source.recv(1 << 16):
             time.sleep(delay_seconds)
             target.sendall(content)
+    _end(target)
+
+
+def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits for it
+    connection.close()

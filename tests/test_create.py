@@ -7,15 +7,16 @@ import shutil
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from imagesearch.parallel import available_cpus
-from tests.pictures import Picture, averaging_model, image
+from tests.pictures import Picture, Pictures, averaging_model, image
 from tests.running import Scripts, counts, patched, skipped
 from tests.server import ROOT
+
+pytestmark = pytest.mark.slow
 
 # Python imports it at its start: each call of the model appends a byte to a file.
 COUNTING = """
@@ -51,9 +52,8 @@ def test_a_second_run_embeds_only_what_changed(scripts: Scripts, bird_images: li
     assert hit["_score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_renamed_folder_is_not_embedded_again(scripts: Scripts, model_calls: Path, picture: Picture) -> None:
-    for number in range(40):
-        picture(f"images/unsorted/{number}.png", size=(8, 8), seed=number)
+def test_a_renamed_folder_is_not_embedded_again(scripts: Scripts, model_calls: Path, pictures: Pictures) -> None:
+    pictures(40, folder="images/unsorted")
     assert counts(scripts.create(new_python=True)) == {"new": 40}
     before = scripts.embeddings()
     (scripts.folder / "images" / "unsorted").rename(scripts.folder / "images" / "Osprey")
@@ -150,45 +150,6 @@ def test_no_images_is_reported_in_one_line(scripts: Scripts) -> None:
     assert scripts.count() == 0 and not scripts.database.exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--imag", "x"), "unrecognized arguments"),
-        (("--model", "missing.onnx"), "no such file"),
-        (("--images", ""), "must be a folder"),
-        (("--images", "https://example.com/a"), "--images takes a folder, or a bucket"),
-        (("--index", "birds.db"), "for a file, use --db birds.db"),
-        (("--images", "images/a.png"), "is a file, not a folder"),
-        (("my", "photos"), "to index a folder or bucket, use --images 'my photos'"),
-        (("--db", ":memory:"), "must be the path of a file"),
-        (("--db", "images"), "images is a folder"),
-        (("--db", "/nowhere/x.db"), "there is no folder /nowhere"),
-        (("--db", "x.db", "--index", "x"), "use one of the two"),
-        (("--index-type", "hnsw"), "--index-type is for Elasticsearch"),
-        (("--index-type", "flat"), "invalid choice"),
-        *(
-            (("--index", name), "must be lowercase")
-            for name in ("Images", "a b", "-a", "..", "a/b", "a*", "", "x" * 256)
-        ),
-        *((("--part", part), "must be I/N") for part in ("0/4", "5/4", "1", "1/0", "a/b", "1/2/3")),
-    ],
-)
-def test_wrong_arguments_are_one_line(
-    arguments: tuple[str, ...], message: str, scripts_on_file: Scripts, picture: Picture
-) -> None:
-    picture("images/a.png")
-    if len(arguments) == 2 and arguments[1].startswith("-"):
-        arguments = (f"{arguments[0]}={arguments[1]}",)
-    done = scripts_on_file.run("create.py", *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(rf"create.py: .*{re.escape(message)}.*\n", done.stderr), done.stderr
-
-
-def test_db_is_refused_beside_es_url(scripts_on_elasticsearch: Scripts, bird_images: list[Path]) -> None:
-    done = scripts_on_elasticsearch.run("create.py", "--db", "x.db")
-    assert done.returncode == 2 and "unset ES_URL, or leave out --db" in done.stderr
-
-
 def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> None:
     names = ["plain", "two words", "quo\"te's", "new\nline", "🦅 émoji", "<script>alert(1)", "tab\tand\\back"]
     for seed, name in enumerate([*names, os.fsdecode(b"caf\xe9")]):
@@ -207,37 +168,8 @@ def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> Non
         assert hit["_score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_paths_are_utf_8_in_a_latin_1_locale(scripts_on_file: Scripts, picture: Picture) -> None:
-    """A hit in a folder with an emoji, which Latin-1 has not; the locale need not be installed."""
-    locale: dict[str, Any] = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "en_US.ISO-8859-1"}
-    if b"iso8859-1" not in scripts_on_file.shell("locale -a").stdout.encode():
-        scripts_on_file.shell("localedef -i en_US -f ISO-8859-1 ./en_US.ISO-8859-1")
-        locale["LOCPATH"] = str(scripts_on_file.folder)
-    python = f"{sys.executable} -c 'import sys; print(sys.getfilesystemencoding())'"
-    if "utf-8" in scripts_on_file.shell(python, **locale).stdout:
-        pytest.skip("no Latin-1 locale can be made here; that leaves such locales untested")
-    path = picture("images/🦅/a.png")
-    assert counts(scripts_on_file.create(new_python=True, **locale)) == {"new": 1}
-    (response,) = scripts_on_file.search(path, "--html", "page.html", new_python=True, **locale)
-    assert response["hits"]["hits"][0]["fields"]["file_path"] == ["./images/🦅/a.png"]
-
-
-def test_names_are_taken_as_users_write_them(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
-    scripts = scripts_on_file
-    assert counts(scripts.create("--images", f"file://{scripts.folder}/images")) == {"new": 31}
-    scripts.environment["HOME"] = str(scripts.folder)
-    (scripts.folder / "link").symlink_to("images")
-    for given in ("~/images", "./images/", "images/../images", "link/../images", f"../{scripts.folder.name}/images"):
-        assert counts(scripts.create("--images", given)) == {"unchanged": 31}, given
-    (scripts.folder / "s3:" / "birds").mkdir(parents=True)
-    shutil.copy(bird_images[0], scripts.folder / "s3:" / "birds" / "a.png")
-    scripts.create("--images", "./s3://birds")
-    assert "./s3:/birds/a.png" in scripts.paths()
-
-
-def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, picture: Picture) -> None:
-    for number in range(6):
-        picture(f"project/images/{number}.png", size=(8, 8), seed=number)
+def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictures: Pictures) -> None:
+    pictures(6, folder="project/images")
     home = scripts.folder
     scripts.folder = scripts.home = home / "project"
     scripts.create()
@@ -248,11 +180,10 @@ def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictu
     assert (scripts.folder / "page.html").read_text().count('role="img"') == 6
 
 
-def test_a_project_that_is_copied_is_complete(scripts_on_file: Scripts, picture: Picture) -> None:
+def test_a_project_that_is_copied_is_complete(scripts_on_file: Scripts, pictures: Pictures) -> None:
     """The names of a local index belong to the folder of its file, though the first project is still there."""
     scripts, home = scripts_on_file, scripts_on_file.folder
-    for number in range(6):
-        picture(f"project/images/{number}.png", size=(8, 8), seed=number)
+    pictures(6, folder="project/images")
     scripts.folder = home / "project"
     scripts.create()
     scripts.folder = Path(shutil.copytree(home / "project", home / "copy"))
@@ -276,12 +207,12 @@ def test_an_older_index_is_used_unless_its_names_would_be_wrong(scripts_on_file:
 
 
 def test_a_linked_folder_has_one_name(
-    scripts: Scripts, picture: Picture, tmp_path_factory: pytest.TempPathFactory
+    scripts: Scripts, pictures: Pictures, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Whatever folder it was reached from: the way to it, links as they are."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for number in range(3):
-        picture(f"there/{number}.png", seed=number).rename(elsewhere / f"{number}.png")
+    for path in pictures(3, folder="there"):
+        path.rename(elsewhere / path.name)
     (scripts.folder / "images").mkdir()
     (scripts.folder / "images" / "pics").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(scripts.folder / "images")
@@ -338,9 +269,8 @@ def test_a_local_index_is_one_file(scripts_on_file: Scripts, bird_images: list[P
     assert len(scripts.hits(bird_images[0], "-k", 99, "--index", "birds")) == 10
 
 
-def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture) -> None:
-    for number in range(60):
-        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
+def test_parts_are_disjoint_and_together_all(scripts: Scripts, pictures: Pictures) -> None:
+    pictures(60, classes=3)
     new = [counts(scripts.create("--part", f"{part}/4"))["new"] for part in (3, 1, 4, 2)]
     assert sum(new) == 60  # each image was new to one part only
     assert min(new) >= 5
@@ -348,9 +278,8 @@ def test_parts_are_disjoint_and_together_all(scripts: Scripts, picture: Picture)
     assert counts(scripts.create()) == {"unchanged": 60}
 
 
-def test_parts_at_once_share_the_work(scripts: Scripts, picture: Picture) -> None:
-    for number in range(60):
-        picture(f"images/{number % 3}/{number}.png", size=(8, 8), seed=number)
+def test_parts_at_once_share_the_work(scripts: Scripts, pictures: Pictures) -> None:
+    pictures(60, classes=3)
     processes = [scripts.start("create.py", "--part", f"{part}/3") for part in (1, 2, 3)]
     ends = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], ends

@@ -15,6 +15,8 @@ from imagesearch.locations import local_path, path_to_text
 from imagesearch.records import Document, FileMetadata, ImageFile, IndexMetadata, ModelInfo, Search
 from tests.running import Scripts
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelInfo("thumbnail")
 ONES = np.ones(768, np.float32)
 A, B = "a" * 64, "b" * 64  # contents

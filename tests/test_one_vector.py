@@ -16,6 +16,8 @@ from imagesearch.models.clip import import_imgbeddings
 from tests.pictures import image
 from tests.running import Scripts, bits, counts, patched
 
+pytestmark = pytest.mark.slow
+
 COUNT = 24
 
 
@@ -51,8 +53,8 @@ def expected(small_clip: Path, pictures: Path) -> Expected:
 
 @pytest.fixture
 def scripts_on_pictures(scripts: Scripts, pictures: Path, small_clip: Path) -> Scripts:
-    scripts.home, scripts.folder, scripts.model = scripts.folder, pictures, str(small_clip)
-    return scripts
+    scripts.model = str(small_clip)
+    return scripts.move_to(pictures)
 
 
 def by_name(scripts: Scripts) -> Expected:

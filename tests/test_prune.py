@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import Picture
+from tests.conftest import MANY
+from tests.pictures import Picture, Pictures
 from tests.running import Scripts, counts, end, wait_until
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def six_images(picture: Picture) -> list[Path]:
-    return [picture(f"images/{number % 2}/{number}.png", size=(8, 8), seed=number) for number in range(6)]
+def six_images(pictures: Pictures) -> list[Path]:
+    return pictures(6, classes=2)
 
 
 def test_what_is_gone_below_the_folder_is_deleted(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
@@ -42,13 +45,12 @@ def test_unreadable_files_are_not_among_documents_without_an_image(scripts: Scri
     assert scripts.count() == 5  # the damaged one keeps its document
 
 
-def test_what_an_unplugged_disk_holds_is_kept(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
+def test_what_an_unplugged_disk_holds_is_kept(scripts: Scripts, six_images: list[Path], pictures: Pictures) -> None:
     """`images/usb` is a link to it."""
     disk = scripts.folder / "disk"
-    for number in range(3):
-        picture(f"disk/deep/{number}.png", seed=100 + number)
+    pictures(3, folder="disk/deep")
     (scripts.folder / "images" / "usb").symlink_to(disk)
-    assert counts(scripts.create()) == {"new": 9}
+    assert counts(scripts.create())["new"] == 9
     disk.rename(scripts.folder / "unplugged")
     six_images[0].unlink()
     stderr = scripts.create("--prune", code=1)
@@ -89,7 +91,7 @@ def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(scripts_on_file:
     shutil.copytree(many_images / "images", scripts.folder / "images")
     scripts.create("--images", "images/1")
     process = scripts.start("create.py", "--prune")
-    wait_until(lambda: process.poll() is not None or scripts.count() > 250)
+    wait_until(lambda: process.poll() is not None or scripts.count() > MANY // 4)
     (scripts.folder / "images").rename(scripts.folder / "disk")
     (scripts.folder / "images").mkdir()  # as an empty mount point
     code, stderr = end(process)
@@ -109,8 +111,8 @@ def test_another_project_that_uses_the_same_file_prunes_nothing(
     assert counts(scripts.create("--prune")) == {"unchanged": 6}
 
 
-def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, picture: Picture) -> None:
-    paths = [picture(f"images/{number}.png", size=(8, 8), seed=number) for number in range(50)]
+def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, pictures: Pictures) -> None:
+    paths = pictures(50)
     scripts.create()
     for path in paths[:16]:
         path.unlink()

@@ -14,8 +14,10 @@ from PIL import Image
 
 from imagesearch.models import Thumbnail
 from imagesearch.records import PREPROCESSING, IndexMetadata, ModelInfo
-from tests.pictures import Picture, averaging_model, image
+from tests.pictures import Picture, Pictures, averaging_model, image
 from tests.running import Scripts, counts, patched
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scripts, bird_images: list[Path]) -> None:
@@ -38,10 +40,9 @@ def test_the_nearest_image_is_found_and_the_json_is_elasticsearchs(scripts: Scri
 
 
 def test_both_kinds_of_index_give_the_same_hits(
-    scripts_on_file: Scripts, scripts_on_elasticsearch: Scripts, picture: Picture
+    scripts_on_file: Scripts, scripts_on_elasticsearch: Scripts, picture: Picture, pictures: Pictures
 ) -> None:
-    for number in range(150):
-        picture(f"images/{number % 7}/{number}.png", seed=number)
+    pictures(150, classes=7)
     both = scripts_on_file, scripts_on_elasticsearch
     for scripts in both:
         scripts.index = scripts_on_elasticsearch.index
@@ -212,9 +213,9 @@ def test_vectors_of_another_preprocessing_are_refused(scripts: Scripts, bird_ima
     assert refused in scripts.create(code=2) and refused in scripts.run("search.py", bird_images[0]).stderr
 
 
-def test_min_score_is_a_cutoff_by_the_printed_score(scripts: Scripts, picture: Picture) -> None:
+def test_min_score_is_a_cutoff_by_the_printed_score(scripts: Scripts, pictures: Pictures) -> None:
     """Of the same picture it is 1, and any hit is there at its own score: float32 rounds some below."""
-    paths = [picture(f"images/{seed % 2}/{seed}.png", seed=seed) for seed in range(60)]
+    paths = pictures(60, classes=2)
     model = averaging_model(scripts.folder / "model.onnx", scale=0.37)
     scripts.create("--model", model)
     for path, response in zip(paths, scripts.search(*paths, "--min-score", 1), strict=True):
@@ -230,38 +231,6 @@ def test_min_score_is_a_cutoff_by_the_printed_score(scripts: Scripts, picture: P
     assert scripts.hits(paths[0], "--min-score", 1, "--exclude-self") == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("a.png", "-k", "0"), "must be a whole number from 1 to 10,000"),
-        (("a.png", "-k", "20000"), "must be a whole number"),
-        (("a.png", "-k", "ten"), "must be a whole number"),
-        ((), "the following arguments are required: IMAGE"),
-        (("a.png", "--min-score", "2"), "must be a number from 0 to 1"),
-        (("a.png", "--min-score", "nan"), "must be a number from 0 to 1"),
-        (("-", "-"), "can be read only once"),
-        (("a.png", "--html", "-"), "must be the name of a file"),
-    ],
-)
-def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], message: str, scripts_on_file: Scripts) -> None:
-    done = scripts_on_file.run("search.py", *arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(rf"search.py: .*{message}.*\n", done.stderr), done.stderr
-
-
-def test_names_are_taken_as_users_write_them(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
-    scripts = scripts_on_file
-    scripts.create()
-    scripts.environment["HOME"] = str(scripts.folder)
-    (scripts.folder / "-k.png").write_bytes(bird_images[0].read_bytes())
-    for query in ((f"file://{bird_images[0]}",), ("~/images/Bald_Eagle/0.png",), ("--", "-k.png")):
-        assert scripts.search(*query)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
-    between = scripts.search(bird_images[0], "-k", 2, bird_images[1], "--desc", "Osprey")  # options between images
-    assert len(between) == 2
-    done = scripts.run("search.py", "ftp://example.com/a.png")
-    assert done.returncode == 1 and "only http://, https://, s3://, gs:// and az:// URLs are read" in done.stderr
-
-
 def test_a_search_that_is_cut_off_ends(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     """Its threads end before the index is closed: there is no error and no wait, whenever the reader goes."""
     scripts_on_file.create()
@@ -274,27 +243,19 @@ def test_a_search_that_is_cut_off_ends(scripts_on_file: Scripts, bird_images: li
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_memory_does_not_grow_with_the_number_of_queries(scripts_on_file: Scripts, many_images: Path) -> None:
-    scripts = scripts_on_file
-    scripts.folder, scripts.home = many_images, scripts.folder
+def test_memory_does_not_grow_with_the_number_of_queries(many_on_file: Scripts, tmp_path: Path) -> None:
+    scripts = many_on_file
     scripts.create("--images", "images/3")
     peaks = []
     for folders in (["images/3"], 8 * ["images/3"]):
         command = [sys.executable, *scripts.arguments("search.py", *folders)]
-        with (scripts.home / "lines").open("w") as lines:
+        with (tmp_path / "lines").open("w") as lines:
             process = subprocess.Popen(command, cwd=scripts.folder, env=scripts.environment, stdout=lines)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
-        assert len((scripts.home / "lines").read_text().splitlines()) == 250 * len(folders)
+        assert len((tmp_path / "lines").read_text().splitlines()) == 250 * len(folders)
         peaks.append(usage.ru_maxrss)
     assert peaks[1] < peaks[0] + 20_000  # KiB
-
-
-@pytest.mark.parametrize("script", ["create.py", "search.py"])
-def test_help_names_every_option_and_variable(script: str, scripts_on_file: Scripts) -> None:
-    shown = scripts_on_file.run(script, "--help").stdout
-    for name in ("--index", "--db", "--model", "--insecure", "ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
-        assert name in shown
 
 
 def test_names_in_the_json_are_as_they_are(scripts_on_file: Scripts, picture: Picture) -> None:
@@ -338,15 +299,8 @@ def test_a_folder_is_searched_in_the_order_of_names(scripts_on_file: Scripts, pi
     assert [line["image"] for line in scripts_on_file.search("images")] == [f"./images/{name}" for name in expected]
 
 
-def test_words_are_no_picture(scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/a.png")
-    scripts_on_file.create()
-    done = scripts_on_file.run("search.py", "golden retriever")
-    assert done.returncode == 1 and "does not search by words" in done.stderr
-
-
-def test_a_query_scores_by_the_cosine(scripts: Scripts, picture: Picture) -> None:
-    paths = [picture(f"images/{seed}.png", seed=seed) for seed in range(12)]
+def test_a_query_scores_by_the_cosine(scripts: Scripts, pictures: Pictures) -> None:
+    paths = pictures(12)
     scripts.create()
     vectors = []
     for path in paths:

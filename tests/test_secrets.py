@@ -26,17 +26,11 @@ FAILING = {
     "wrong key": {"ES_URL": "https://{}", "ES_API_KEY": KEY},
     "both": {"ES_URL": WITH_PASSWORD + "{}", "ES_API_KEY": KEY},
     "no server": {"ES_URL": WITH_PASSWORD + "localhost:9"},
-    "no such host": {"ES_URL": WITH_PASSWORD + "nowhere.invalid:9200"},
     "wrong CA": {"ES_URL": WITH_PASSWORD + "{}", "ES_CA_CERT": ""},
     "no CA file": {"ES_URL": WITH_PASSWORD + "{}", "ES_CA_CERT": "missing.pem"},
     "plain http": {"ES_URL": WITH_PASSWORD.replace("https", "http") + "{}"},
-    "no scheme": {"ES_URL": WITH_PASSWORD.removeprefix("https://") + "{}"},
-    "unknown scheme": {"ES_URL": WITH_PASSWORD.replace("https", "elastic") + "{}"},
-    "spaces": {"ES_URL": f"https://admin:{PASSWORD} x@" + "{}"},
     "not encoded": {"ES_URL": f"https://admin:{PASSWORD}@" + "{}"},
     "a path": {"ES_URL": WITH_PASSWORD + "{}/no/such/path"},
-    "a bad port": {"ES_URL": WITH_PASSWORD + "localhost:port"},
-    "two addresses": {"ES_URL": WITH_PASSWORD + "{},https://admin:other@{}"},
     "a key of two lines": {"ES_URL": "https://{}", "ES_API_KEY": f"{KEY}\n{KEY}"},
 }
 
@@ -44,7 +38,7 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_no_error_shows_a_secret(name: str, scripts_on_elasticsearch: Scripts) -> None:
     there = scripts_on_elasticsearch.environment["ES_URL"].split("@")[-1]
-    code = 1 if name in ("no server", "no such host", "plain http") else 2
+    code = 1 if name in ("no server", "plain http") else 2
     values = {variable: value.replace("{}", there) for variable, value in FAILING[name].items()}
     line = scripts_on_elasticsearch.fail(code, **values)
     for secret in MARKED:
@@ -136,7 +130,7 @@ def test_what_an_address_may_be() -> None:
         *("host:9200", "ftp://u:hunter2@host:9200", "https://", "https://u:hunter2@host:port"),
         *("https://u:hunter2@host:99999", "https://u:hunter2@ho st:9200", "https://u:hunter2@[host:9200"),
         *("https://u:hunter2@host:9200?x=1", "https://hunter2@host:9200", "https://:hunter2@host:9200"),
-        "https://u:hunter2@one:1,https://two:2",
+        *("https://u:hunter2@one:1,https://two:2", "elastic://u:hunter2@host", "https://u:hunter2 x@host"),
     ],
 )
 def test_what_cannot_be_an_address_is_reported_in_one_line_without_the_password(url: str) -> None:

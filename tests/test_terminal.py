@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +11,11 @@ import pytest
 
 from imagesearch.progress import KINDS_SHOWN, Progress
 from tests.clip_model import build
-from tests.pictures import Picture, image
-from tests.running import Scripts, end, patched, wait_until
-from tests.server import ROOT
+from tests.conftest import MANY
+from tests.pictures import Picture, Pictures
+from tests.running import Scripts, end, patched
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,11 @@ def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(scripts_on_file: Scripts, whole_clip: Path) -> None:
+def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
+    scripts_on_file: Scripts, pictures: Pictures, whole_clip: Path
+) -> None:
     """It moves with each chunk, and begins when there is a rate to tell; links that are broken are not counted."""
-    (scripts_on_file.folder / "images").mkdir()
-    for number in range(200):
-        image((60, 40), number).save(scripts_on_file.folder / "images" / f"{number}.png")
+    pictures(200)
     (scripts_on_file.folder / "images" / "bad.png").write_bytes(b"no image")
     (scripts_on_file.folder / "images" / "link.png").symlink_to("missing.png")
     code, shown = scripts_on_file.on_a_terminal("create.py", "--model", whole_clip, columns=40)
@@ -96,11 +96,10 @@ def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_imag
     assert shown.count("Cannot read missing.png") == 1
 
 
-def test_a_terminal_shows_how_many_searches_are_done(scripts_on_file: Scripts, many_images: Path) -> None:
-    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
-    scripts_on_file.create()
-    code, shown = scripts_on_file.on_a_terminal("search.py", *["images"] * 3)
-    assert code == 0 and re.search(r"\d+/7500 \[00:0\d<", shown), shown[-300:]
+def test_a_terminal_shows_how_many_searches_are_done(many_on_file: Scripts) -> None:
+    many_on_file.create()
+    code, shown = many_on_file.on_a_terminal("search.py", *["images"] * 3)
+    assert code == 0 and re.search(rf"\d+/{3 * MANY} \[00:\d\d<", shown), shown[-300:]
 
 
 @pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
@@ -125,54 +124,28 @@ def test_results_that_cannot_be_written_are_an_error(scripts_on_file: Scripts, b
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
 
-def test_a_run_goes_on_when_its_terminal_is_closed(scripts_on_file: Scripts, many_images: Path) -> None:
+def test_a_run_goes_on_when_its_terminal_is_closed(many_on_file: Scripts) -> None:
     """As one that was disowned."""
-    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, *scripts_on_file.arguments("create.py")],
-        cwd=many_images,
-        env=scripts_on_file.environment | {"TERM": "xterm"},
-        stdin=subprocess.DEVNULL,
-        stderr=theirs,
-        start_new_session=True,
-    )
+    process = many_on_file.start_paused(stderr=theirs, TERM="xterm")
     os.close(theirs)
-    wait_until(lambda: process.poll() is not None or scripts_on_file.count() > 0)
-    assert process.poll() is None
     os.close(ours)
-    assert process.wait(120) == 0
-    assert scripts_on_file.count() == 2500
+    many_on_file.go_on()
+    assert process.wait() == 0
+    assert many_on_file.count() == MANY
 
 
-def test_ctrl_c_is_ignored_where_it_was(scripts_on_file: Scripts, many_images: Path) -> None:
+def test_ctrl_c_is_ignored_where_it_was(many_on_file: Scripts) -> None:
     """As in a background job of a script."""
-    scripts_on_file.folder, scripts_on_file.home = many_images, scripts_on_file.folder
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = scripts_on_file.start("create.py")
+        process = many_on_file.start_paused()
     finally:
         signal.signal(signal.SIGINT, before)
-    wait_until(lambda: process.poll() is not None or scripts_on_file.count() > 0)
     process.send_signal(signal.SIGINT)
+    many_on_file.go_on()
     code, stderr = end(process)
     assert code == 0, stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("minor", [8, 9, 10])
-def test_an_older_python_is_told_apart(minor: int) -> None:
-    """Before anything else, in a line."""
-    pythons = [
-        *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"),
-        *Path("/usr/bin").glob(f"python3.{minor}"),
-    ]
-    if not pythons:
-        pytest.skip(f"there is no Python 3.{minor} here; that leaves what it says untested")
-    for script in ("create.py", "search.py"):
-        done = subprocess.run([pythons[0], ROOT / script], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert done.stderr == f"Python 3.11 or newer is needed; this is Python 3.{minor}.\n"
 
 
 def test_the_summary_comes_without_a_rate(scripts_on_file: Scripts, picture: Picture) -> None:

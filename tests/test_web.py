@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 from pytest_httpserver import HTTPServer
@@ -16,27 +15,26 @@ from imagesearch.records import ImageFile
 from imagesearch.sources import memory
 from imagesearch.sources import web as web_source
 from imagesearch.sources.web import open_url
-from tests.conftest import Bucket
-from tests.pictures import png
+from tests.pictures import Picture, Pictures, png
 from tests.running import Scripts
+from tests.server import Bucket
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def scripts_with_one_image(scripts_on_file: Scripts) -> Scripts:
+def scripts_with_one_image(scripts_on_file: Scripts, picture: Picture) -> Scripts:
     """An index with one image, which every query that can be read finds."""
-    (scripts_on_file.folder / "images").mkdir()
-    (scripts_on_file.folder / "images" / "a.png").write_bytes(png(1))
+    picture("images/a.png", size=(8, 8), seed=1)
     scripts_on_file.create()
     return scripts_on_file
 
 
 def test_queries_from_everywhere_are_answered_in_order(
-    scripts: Scripts, s3: dict[str, str], bucket: Bucket, web: HTTPServer
+    scripts: Scripts, pictures: Pictures, s3: dict[str, str], bucket: Bucket, web: HTTPServer
 ) -> None:
     scripts.environment |= s3
-    (scripts.folder / "images").mkdir()
-    for seed in range(4):
-        (scripts.folder / "images" / f"{seed}.png").write_bytes(png(seed))
+    pictures(4)
     scripts.create()
     bucket.put({"b.png": png(2)})
     web.expect_request("/a.png").respond_with_data(png(1))
@@ -146,13 +144,10 @@ def test_what_may_become_larger_reserves_the_most(web: HTTPServer, monkeypatch: 
     assert reserved == [memory.MAX_CONTENT_BYTES]
 
 
-def test_an_empty_standard_input_is_reported(scripts_with_one_image: Scripts) -> None:
-    done = scripts_with_one_image.shell("SEARCH - </dev/null")
-    assert done.returncode == 1
-    line = json.loads(done.stdout)
-    assert (line["image"], line["error"]["reason"]) == ("-", "Cannot read standard input: it is empty")
-
-
 def test_a_class_of_standard_input_may_be_asked_for(scripts_with_one_image: Scripts) -> None:
-    done = scripts_with_one_image.shell(f"SEARCH - --desc images <{Path('images') / 'a.png'}")
+    done = scripts_with_one_image.shell("SEARCH - --desc images <images/a.png")
     assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    done = scripts_with_one_image.shell("SEARCH - </dev/null")
+    line = json.loads(done.stdout)
+    assert done.returncode == 1 and line["image"] == "-"
+    assert line["error"]["reason"] == "Cannot read standard input: it is empty"

@@ -26,9 +26,9 @@ from PIL import Image
 from imagesearch.index import open_index
 from imagesearch.index.connection import Connection
 from imagesearch.records import Search
-from tests.clip_model import build, build_processor
+from tests.clip_model import build
 from tests.running import environment
-from tests.server import ROOT, S3, Elasticsearch
+from tests.server import ROOT, S3, Bucket, Elasticsearch
 from tests.tcp_proxy import TcpProxy
 from tools.embeddings import clustered, nearest, recall
 from tools.neighbors import load_index, numbers
@@ -111,9 +111,8 @@ def photograph_rows(machine: Machine, server: Elasticsearch) -> Iterator[str]:
     yield row(what, rate(LARGE, ours), f"{1 / theirs:.1f}/s", theirs * LARGE / ours, "8×")
 
     with S3() as s3, TcpProxy(urlsplit(s3.environment["AWS_ENDPOINT_URL"]).port or 0, DELAY_SECONDS) as proxy:
-        S3.put(s3.environment, "photographs")
-        for path in (machine.folder / "photographs").iterdir():
-            S3.put(s3.environment, "photographs", path.name, path.read_bytes())
+        photographs = (machine.folder / "photographs").iterdir()
+        Bucket(s3.environment, "photographs").put({path.name: path.read_bytes() for path in photographs})
         distant = s3.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
         ours = machine.seconds(create, *model, "--images", "s3://photographs", "--index", "bucket", **distant)
     what = f"index {PHOTOGRAPHS:,} from a bucket {1000 * DELAY_SECONDS:.0f} ms away, against a folder"
@@ -178,6 +177,26 @@ def large_rows(machine: Machine, server: Elasticsearch) -> Iterator[str]:
         found = [numbers(response) for query in queries for response in many.search([Search(query, 10)])]
     share = recall(found, nearest(embeddings, queries, 10))
     yield f"| find all of the 10 nearest of {EMBEDDINGS:,}, Elasticsearch | {share:.1%} | | | 95% |"
+
+
+def build_processor(folder: Path, words: int = 49_408, seed: int = 0) -> None:
+    """Writes a `CLIPProcessor` whose tokenizer has CLIP's size, made of random merges, to `folder`."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+    random = np.random.default_rng(seed)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters]
+    known, merges = set(tokens), []
+    while len(tokens) < words - 2:
+        first, second = (tokens[n] for n in random.integers(0, len(tokens), 2))
+        if "</w>" not in first and first + second not in known and len(first + second) < 16:
+            merges.append((first, second))
+            tokens.append(first + second)
+            known.add(first + second)
+    vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
 
 
 def main() -> None:
