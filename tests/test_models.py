@@ -159,6 +159,7 @@ print(*({{"huggingface_hub", "transformers", "sklearn"}} & set(sys.modules)))
     return subprocess.run(command, env=hub, capture_output=True, text=True, check=False, timeout=60)
 
 
+@pytest.mark.slow
 def test_clip_is_downloaded_once_and_then_found_without_the_hub(
     hub: dict[str, str], web: HTTPServer, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_clip_is_downloaded_once_and_then_found_without_the_hub(
     assert load_in_a_process(hub | {"HF_ENDPOINT": "http://127.0.0.1:9"}).stdout == f"{sha256}\n\n"
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_leaves_nothing_to_use(hub: dict[str, str], web: HTTPServer) -> None:
     response = Response(b"half", headers={"X-Repo-Commit": "a" * 40, "ETag": f'"{"b" * 64}"', "X-Linked-Size": "5000"})
     web.clear()

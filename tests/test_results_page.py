@@ -25,6 +25,8 @@ from imagesearch.sources.queries import find_queries, open_query
 from tests.pictures import Picture, image
 from tests.running import Scripts
 
+pytestmark = pytest.mark.slow
+
 ODD = ["<script>alert(1)", '"><img src=x onerror=alert(1)>', "two words & more", "new\nline", "émoji 🦅 100% #1?"]
 
 
@@ -168,7 +170,6 @@ def test_every_text_has_contrast_enough(scheme: str) -> None:
             assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
-@pytest.mark.slow
 def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:
     paths: list[Path | str] = [tmp_path / f"{number}.jpg" for number in range(100)]
     image((4000, 3000), 1).save(paths[0], quality=90)

@@ -15,6 +15,8 @@ from imagesearch.sources.queries import without_credentials
 from tests.pictures import Picture, averaging_model
 from tests.running import Scripts, wait_until
 
+pytestmark = pytest.mark.slow
+
 PASSWORD = "hunter2&SECRET/marked"
 KEY = "SECRETmarkedKEY=="
 MARKED = ("SECRET", quote(PASSWORD, safe=""), "aHVudGVyMi")  # plain, in a URL, and as base64 begins it
@@ -73,7 +75,6 @@ def test_the_files_that_stay_hold_no_secret(scripts_on_elasticsearch: Scripts, p
 PIECES = st.text(max_size=8) | st.sampled_from(["1/", "/", "?", "#", "@", ":", ",", "%", "[", "]", "\\", " "])
 
 
-@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]) | st.text(max_size=5), PIECES, PIECES)
 def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: str, after: str) -> None:
@@ -84,7 +85,6 @@ def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: st
     assert "SECRET" not in shown
 
 
-@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]), PIECES, PIECES)
 def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from imagesearch.progress import KINDS_SHOWN, Progress
-from tests.clip_model import build
 from tests.conftest import MANY
 from tests.pictures import Picture, Pictures
 from tests.running import Scripts, end, patched
@@ -18,22 +17,14 @@ from tests.running import Scripts, end, patched
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of CLIP's exact shape and cost."""
-    path = tmp_path_factory.mktemp("model") / "clip.onnx"
-    build(path)
-    return path
-
-
 def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
-    scripts_on_file: Scripts, pictures: Pictures, whole_clip: Path
+    scripts_on_file: Scripts, pictures: Pictures, small_clip: Path
 ) -> None:
     """It moves with each chunk, and begins when there is a rate to tell; links that are broken are not counted."""
     pictures(200)
     (scripts_on_file.folder / "images" / "bad.png").write_bytes(b"no image")
     (scripts_on_file.folder / "images" / "link.png").symlink_to("missing.png")
-    code, shown = scripts_on_file.on_a_terminal("create.py", "--model", whole_clip, columns=40)
+    code, shown = scripts_on_file.on_a_terminal("create.py", "--model", small_clip, columns=40)
     assert code == 1
     assert "Preparing the model for this CPU" in shown
     states = [line for line in re.split(r"[\r\n]+", shown) if re.search(r"\d+/201", line)]

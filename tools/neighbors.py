@@ -1,8 +1,9 @@
 """How good Elasticsearch's neighbors are, what they cost, and how fast they are indexed: writes build/neighbors.md.
 
-    python -m tools.neighbors [SIZE SHAPE …]
+    python -m tools.neighbors [SIZE] [INDEX_TYPE]
 
 Without arguments: all four shapes of embeddings (tools/embeddings.py) at 30,000, and the clustered ones at 100,000.
+With a size: the clustered ones, in an index of each type or of one; a million takes some hours and 30 GB of the disk.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,22 @@ from tools.embeddings import SHAPES, Embeddings, nearest, recall
 
 QUERIES, K = 200, 10
 WORKERS, CHUNK_SIZE = available_cpus() + 4, 96  # as create.py's
-MERGED = 100_000  # the largest index that is merged to one segment as well: a million would take an hour
+LARGE = 30_000  # a larger index is measured when its own merges have ended, and merged to one segment, as well
+MARKS = (10_000, 100_000, 300_000)  # documents after which the rate of a load is told
 
 # num_candidates, and rescore_vector's oversample, by which Elasticsearch multiplies them; None for no rescoring.
 Setting = tuple[int, float | None]
 SETTINGS: dict[str, list[Setting]] = {
-    "hnsw": [(500, None), (1000, None), (1500, None), (2000, None)],
-    "int8_hnsw": [(500, 2), (1500, 2), (1500, 3)],
-    "bbq_hnsw": [(500, 2), (1500, 2), (1500, 5), (1500, 10)],
+    "hnsw": [(500, None), (1500, None)],
+    "int8_hnsw": [(375, 2), (500, 2), (750, 2), (1500, 2)],
+    "bbq_hnsw": [(500, 2), (1500, 2), (1500, 10)],
 }
+HEADER = "| embeddings | index | num_candidates | oversample | recall@10 | ms a query |\n|" + 6 * " --- |"
 FIELDS = [{"field": "file_path"}, {"field": "desc"}]
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def load_index(index: Index, embeddings: Embeddings) -> float:
+def load_index(index: Index, embeddings: Iterable[Embeddings]) -> float:
     """Writes embeddings into a new index, as create.py does; returns the seconds it took.
 
     The number of an embedding is in the `file_path` of its document.
@@ -117,60 +120,85 @@ def cold_query(client: Elasticsearch, index: str, query: Embeddings, setting: Se
     return 1000 * (time.perf_counter() - started)
 
 
-def measure(client: Elasticsearch, server: Server, size: int, shape: str) -> Iterator[str]:
-    """Yields the rows of one shape and size."""
+def note_rates(embeddings: Embeddings, notes: list[str]) -> Iterator[Embeddings]:
+    """Yields each embedding, and notes how many documents a second were written at each of the marks."""
+    started = time.perf_counter()
+    for number, embedding in enumerate(embeddings):
+        if number in MARKS:
+            notes.append(f"{number / (time.perf_counter() - started):,.0f}/s to {number:,}")
+        yield embedding
+
+
+def wait_for_merges(client: Elasticsearch, index: str) -> None:
+    """Waits until no merge has been under way for half a minute."""
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < 30:
+        if client.indices.stats(index=index)["_all"]["primaries"]["merges"]["current"]:
+            quiet_since = time.monotonic()
+        time.sleep(1)
+
+
+def measure(client: Elasticsearch, server: Server, size: int, shape: str, index_type: str) -> Iterator[str]:
+    """Yields the rows of one shape, size and index type, then a line about it."""
     embeddings, queries = SHAPES[shape](size, 1), SHAPES[shape](max(size, QUERIES), 2)[:QUERIES]
-    truth = nearest(embeddings, queries, K)
-    yield f"\n{size:,} embeddings, {shape}\n"
-    yield "| index type | num_candidates | oversample | recall@10 | ms a query |"
-    yield "| --- | --- | --- | --- | --- |"
-    notes = []
-    for index_type, settings in SETTINGS.items():
-        index = f"{shape}-{size}-{index_type.replace('_', '-')}"
-        connection = Connection.from_env(server.environment)
-        with open_index(index, connection, Path(), index_type=index_type, long_retries=True) as opened:
-            seconds = load_index(opened, embeddings)
-        note = f"- {index_type}: {size / seconds:,.0f} documents/s; {disk_usage(client, index)}"
-        if os.access(DROP_CACHES, os.W_OK):
-            times = [cold_query(client, index, query, settings[0]) for query in queries[:5]]
-            note += f"; a query with nothing in the page cache {statistics.median(times):,.0f} ms"
+    truth, settings = nearest(embeddings, queries, K), SETTINGS[index_type]
+    index, notes = f"{shape}-{size}-{index_type.replace('_', '-')}", list[str]()
+
+    def rows(when: str) -> Iterator[str]:
         for setting in settings:
             recall, milliseconds = compare(client, index, setting, queries, truth)
-            yield f"| {index_type} | {setting[0]:,} | {setting[1] or ''} | {recall:.3f} | {milliseconds:.1f} |"
-        if shape == "clustered" and 30_000 < size <= MERGED:
-            started = time.perf_counter()
-            client.options(request_timeout=3600).indices.forcemerge(index=index, max_num_segments=1)
-            client.indices.refresh(index=index)
-            merged = time.perf_counter() - started
-            recall, milliseconds = compare(client, index, settings[0], queries, truth)
-            note += f"; merged to one segment in {merged:.0f} s: recall {recall:.3f}, {milliseconds:.1f} ms"
-        notes.append(note)
-        client.indices.delete(index=index)
-    yield ""
-    yield from notes
+            yield (
+                f"| {size:,} {shape} | {index_type}, {when} | {setting[0]:,} | {setting[1] or ''} |"
+                f" {recall:.4f} | {milliseconds:.0f} |"
+            )
+
+    connection = Connection.from_env(server.environment)
+    with open_index(index, connection, Path(), index_type=index_type, long_retries=True) as opened:
+        seconds = load_index(opened, note_rates(embeddings, notes))
+    notes += [f"{size / seconds:,.0f}/s in all", f"as loaded {disk_usage(client, index)}"]
+    yield from rows("as loaded")
+    if size > LARGE:
+        started = time.perf_counter()
+        wait_for_merges(client, index)
+        notes.append(f"its own merges ended {time.perf_counter() - started:.0f} s later: {disk_usage(client, index)}")
+        yield from rows("after its own merges")
+    if os.access(DROP_CACHES, os.W_OK):
+        times = [cold_query(client, index, query, settings[-1]) for query in queries[:5]]
+        notes.append(f"a query with nothing in the page cache {statistics.median(times):,.0f} ms")
+    if size > LARGE:
+        started = time.perf_counter()
+        client.options(request_timeout=6 * 3600).indices.forcemerge(index=index, max_num_segments=1)
+        client.indices.refresh(index=index)
+        notes.append(f"merged to one segment in {time.perf_counter() - started:.0f} s")
+        yield from rows("one segment")
+    client.indices.delete(index=index)
+    yield f"- {size:,} {shape}, {index_type}: {'; '.join(notes)}"
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    pairs = (
-        [(int(size), shape) for size, shape in zip(arguments[::2], arguments[1::2], strict=True)] if arguments else []
-    )
-    pairs = pairs or [*((30_000, shape) for shape in SHAPES), (100_000, "clustered")]
-    memory = f"{max(2, max(size for size, _ in pairs) // 125_000)}g"
+    types = [each for each in arguments if each in SETTINGS] or list(SETTINGS)
+    sizes = [int(each) for each in arguments if each not in SETTINGS]
+    pairs = [(size, "clustered") for size in sizes or [100_000]]
+    if not sizes:
+        pairs += [(30_000, shape) for shape in SHAPES]
+    memory = f"{max(2, max(size for size, _ in pairs) // 250_000)}g"
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-    lines = [f"{os.cpu_count()} CPUs, {cpu[1] if cpu else platform.processor()}"]
+    machine = f"{os.cpu_count()} CPUs, {cpu[1] if cpu else platform.processor()}"
+    rows, notes = [HEADER], list[str]()
     with Server(java_options=[f"-Xms{memory}", f"-Xmx{memory}"]) as server:
         connection = Connection.from_env(server.environment)
         assert connection
         client = Elasticsearch(
             connection.url, headers=connection.headers, ssl_context=connection.ssl_context(), request_timeout=600
         )
-        for size, shape in pairs:
-            for line in measure(client, server, size, shape):
+        print(HEADER)
+        for (size, shape), index_type in itertools.product(pairs, types):
+            for line in measure(client, server, size, shape, index_type):
                 print(line, flush=True)
-                lines.append(line)
+                (rows if line.startswith("|") else notes).append(line)
     (ROOT / "build").mkdir(exist_ok=True)
-    (ROOT / "build" / "neighbors.md").write_text("\n".join(lines) + "\n")
+    (ROOT / "build" / "neighbors.md").write_text("\n".join([machine, "", *rows, "", *notes]) + "\n")
 
 
 if __name__ == "__main__":
