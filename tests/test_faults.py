@@ -399,7 +399,7 @@ def run_sql(scripts: Scripts, statements: str) -> None:
         "UPDATE images SET embedding = zeroblob(12)",
         "UPDATE images SET file_path = CAST(x'2e2fff' AS TEXT)",
         "UPDATE metadata SET record = '{'",
-        "ALTER TABLE images RENAME TO real_images; CREATE VIEW images AS SELECT * FROM real_images",
+        "ALTER TABLE images RENAME TO real_images; CREATE VIEW images AS SELECT rowid, * FROM real_images",
     ],
 )
 def test_a_damaged_or_hostile_index_is_reported_in_one_line(
