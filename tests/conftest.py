@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -180,7 +181,7 @@ def picture(tmp_path: Path) -> Picture:
     def make(name: str, size: tuple[int, int] = (40, 30), seed: int | None = None, **options: Any) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        image(size, sum(name.encode()) if seed is None else seed).save(path, **options)
+        image(size, zlib.crc32(name.encode()) if seed is None else seed).save(path, **options)
         return path
 
     return make

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -26,18 +27,22 @@ from imagesearch.records import document_id
 from tests import forked
 from tests.server import ROOT, request
 
+LEFT_OUT = ("ES_", "HF_", "TEST_", "AWS_", "PYTHON")  # variables that would lead the scripts elsewhere
 RUN_SECONDS = 300  # after which a person would give up
 
-# In a script: after 300 images, embedding waits for a file.
+# In a script: chunks beyond the first 300 images wait for a file, so that all that has begun is stored.
 PAUSING = """
-import itertools, os, time
-import imagesearch.models as models
-create_embedding, calls = models.Thumbnail.create_embedding, itertools.count()
-def pausing(self, pixels):
-    while next(calls) >= 300 and not os.path.exists({go_on!r}):
-        time.sleep(0.02)
-    return create_embedding(self, pixels)
-models.Thumbnail.create_embedding = pausing
+import os, time
+import imagesearch.parallel as parallel
+make_chunks = parallel.make_chunks
+def pausing(*arguments):
+    number = 0
+    for chunk in make_chunks(*arguments):
+        number += len(chunk)
+        while number > 300 and not os.path.exists({go_on!r}):
+            time.sleep(0.02)
+        yield chunk
+parallel.make_chunks = pausing
 """
 
 # In a script: a server is given up after two retries, not after two minutes.
@@ -56,7 +61,7 @@ class Scripts:
     index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
     model: str = "thumbnail"
     home: Path | None = None
-    """The folder of the local index file, if it is not `folder`."""
+    """Where the scripts and the tests write, if it is not `folder`."""
 
     @property
     def on_elasticsearch(self) -> bool:
@@ -101,12 +106,9 @@ class Scripts:
             stderr=stderr,
         )
 
-    def run(
-        self, script: str, *arguments: object, new_python: Any = False, **environment: str
-    ) -> "subprocess.CompletedProcess[str]":
-        """Runs a script to its end: in a fork, or in a new Python, which reads PYTHON… and LC_… variables."""
-        assert new_python or not any(name.startswith(("PYTHON", "LC_")) for name in environment)
-        if new_python:
+    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Runs a script to its end: in a fork, or in a new Python if there is a variable PYTHON… for it."""
+        if any(name.startswith("PYTHON") for name in self.environment | environment):
             process = self.start(script, *arguments, **environment)
             stdout, stderr = process.communicate(timeout=RUN_SECONDS)
             done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -116,14 +118,14 @@ class Scripts:
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def start_paused(self, code: Any = "", **options: Any) -> "subprocess.Popen[str]":
-        """Starts create.py, in which `code` is run first, and waits until it has stored 100 of 300 images.
+    def start_paused(self, *arguments: object, code: str = "", **options: Any) -> "subprocess.Popen[str]":
+        """Starts create.py, in which `code` is run first, and waits until it has stored 300 images, or nearly.
 
-        It embeds no more than these 300 until `go_on` is called.
+        It begins no more chunks until `go_on` is called.
         """
         code += PAUSING.format(go_on=str(self.pause_file))
-        process = self.start("create.py", **patched(self.pause_file.parent, code=code), **options)
-        wait_until(lambda: process.poll() is not None or self.count() >= 100)
+        process = self.start("create.py", *arguments, **patched(self.pause_file.parent, code=code), **options)
+        wait_until(lambda: process.poll() is not None or self.count() > 300 - 96)
         assert process.poll() is None, process.communicate()
         return process
 
@@ -138,7 +140,7 @@ class Scripts:
     def shell(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Runs a command line with bash; `CREATE` and `SEARCH` are the scripts on this index."""
         for name, script in (("CREATE", "create.py"), ("SEARCH", "search.py")):
-            command = command.replace(name, " ".join([sys.executable, *self.arguments(script)]))
+            command = command.replace(name, shlex.join([sys.executable, *self.arguments(script)]))
         return subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
@@ -146,6 +148,7 @@ class Scripts:
             capture_output=True,
             text=True,
             check=False,
+            timeout=RUN_SECONDS,
         )
 
     def on_a_terminal(
@@ -170,15 +173,15 @@ class Scripts:
         assert b"Traceback" not in shown, shown
         return process.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode())
 
-    def create(self, *arguments: object, code: Any = 0, new_python: Any = False, **environment: str) -> str:
-        """Runs create.py to the exit `code`; its stderr."""
-        done = self.run("create.py", *arguments, new_python=new_python, **environment)
+    def create(self, *arguments: object, code: Any = 0, **environment: str) -> str:
+        """Runs create.py, which must exit with `code`; returns its stderr."""
+        done = self.run("create.py", *arguments, **environment)
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    def search(self, *arguments: object, new_python: Any = False, **environment: str) -> list[dict[str, Any]]:
-        """Runs search.py; the JSON that it prints, a line each."""
-        done = self.run("search.py", *arguments, new_python=new_python, **environment)
+    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+        """Runs search.py; returns the JSON that it prints, a line each."""
+        done = self.run("search.py", *arguments, **environment)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -203,10 +206,10 @@ class Scripts:
     def count(self) -> int:
         """How many documents the index has; 0 before there is one."""
         if self.on_elasticsearch:
-            with suppress(AssertionError):
-                self.request("POST", f"{self.index}/_refresh")
-                return int(self.request("GET", f"{self.index}/_count")["count"])
-        elif self.database.exists():
+            self.request("POST", f"{self.index}/_refresh?ignore_unavailable=true")
+            stats = self.request("GET", f"{self.index}/_stats/docs?ignore_unavailable=true")["_all"]["primaries"]
+            return int(stats["docs"]["count"]) if stats else 0
+        if self.database.exists():
             with closing(sqlite3.connect(self.database)) as database, suppress(sqlite3.OperationalError):
                 return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
         return 0
@@ -236,7 +239,7 @@ def bits(embedding: np.ndarray) -> str:
 
 def environment(home: Path) -> dict[str, str]:
     """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ES_", "HF_", "TEST_", "AWS_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
@@ -273,7 +276,7 @@ def skipped(stderr: str) -> list[str]:
 def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{condition} after {seconds} seconds"
         time.sleep(0.02)
 
 

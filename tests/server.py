@@ -42,11 +42,10 @@ PASSWORD_HASH = "$2a$04$jJTi4aKk/.IOojO2doyRseHqMWqakc.Oohcxt0HE6KC0YRUZqF1rO"
 START_SECONDS = 120
 # Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
 SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]
-# A copy: tests change os.environ while servers start on another thread, and a child that inherits it just then fails.
 ENVIRONMENT = os.environ | {"CLI_JAVA_OPTS": " ".join(["-Xms64m", "-Xmx64m", *SHORT_LIVED])}
 
 # Ends the server with the tests, whatever ends them: their end of the pipe is then closed.
-WATCHDOG = '"$@" </dev/null & read _; kill -9 0'
+WATCHDOG = 'exec 3<&0; { read _ <&3; kill -9 0; } & exec "$@" </dev/null 3<&-'
 
 # Privileges on the index: the smallest with which each script can do all it can.
 ROLES = {

@@ -167,7 +167,7 @@ def test_an_object_that_is_too_large_is_not_read(local_scripts_on_s3: Scripts, b
     """Beyond 200 MB; here 300 bytes."""
     bucket.put({"a.png": png(1, (4, 4)), "large.png": png(2, (60, 40))})
     settings = patched(local_scripts_on_s3.folder, {"imagesearch.sources.memory.MAX_CONTENT_BYTES": 300})
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
     assert counts(stderr) == {"new": 1, "unreadable": 1}
     assert f"Cannot read {bucket.url}/large.png: more than " in stderr
 
@@ -195,20 +195,22 @@ def test_the_page_shows_hits_in_a_bucket_without_linking_them(local_scripts_on_s
 def test_a_store_that_goes_away_and_comes_back_loses_nothing(
     local_scripts_on_s3: Scripts, s3: dict[str, str], bucket: Bucket
 ) -> None:
-    bucket.put({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
+    bucket.put({f"many/{number}.png": png(number) for number in range(600)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
-        process = local_scripts_on_s3.start("create.py", "--images", bucket.url, AWS_ENDPOINT_URL=url)
-        wait_until(lambda: process.poll() is not None or local_scripts_on_s3.count() > 0)
+        process = local_scripts_on_s3.start_paused("--images", bucket.url, AWS_ENDPOINT_URL=url)
         proxy.stop()
+        local_scripts_on_s3.go_on()
         time.sleep(2)
         proxy.start()
         code, stderr = end(process)
     assert code == 0, stderr
-    assert counts(stderr) == {"new": 1000}
+    assert counts(stderr) == {"new": 600}
 
 
-def through(web: HTTPServer, scripts: Scripts, overloaded_seconds: float = 0, listed_as: str = "") -> list[str]:
+def behind_other_store(
+    web: HTTPServer, scripts: Scripts, overloaded_seconds: float = 0, listed_as: str = ""
+) -> list[str]:
     """Makes `web` a proxy in front of S3 that does what other stores do; the objects that are read.
 
     From the first one on, it is overloaded for some seconds. It lists odd.png under another key.
@@ -248,7 +250,7 @@ def test_objects_are_unchanged_although_the_store_lists_milliseconds(
     local_scripts_on_s3: Scripts, bucket: Bucket, web: HTTPServer
 ) -> None:
     bucket.put({f"{number}.png": png(number) for number in range(3)})
-    read = through(web, local_scripts_on_s3)
+    read = behind_other_store(web, local_scripts_on_s3)
     assert counts(local_scripts_on_s3.create("--images", bucket.url)) == {"new": 3}
     assert len(read) == 3
     assert counts(local_scripts_on_s3.create("--images", bucket.url)) == {"unchanged": 3}
@@ -261,7 +263,7 @@ def test_a_key_that_cannot_be_listed_ends_the_run_with_what_to_do(
     key: str, local_scripts_on_s3: Scripts, bucket: Bucket, web: HTTPServer
 ) -> None:
     bucket.put({"a.png": png(1), "odd.png": png(2)})
-    through(web, local_scripts_on_s3, listed_as=key)
+    behind_other_store(web, local_scripts_on_s3, listed_as=key)
     (*_, line) = local_scripts_on_s3.create("--images", bucket.url, code=2).splitlines()
     assert f"{bucket.url} has the key {unescape(key)!r}, which obstore cannot list" in line and "rename it" in line
 
@@ -271,7 +273,7 @@ def test_a_folder_that_a_console_has_made_is_skipped(
 ) -> None:
     """An object without content, whose key ends in a slash."""
     bucket.put({"a.png": png(1), "odd.png": b""})
-    through(web, local_scripts_on_s3, listed_as="folder.png/")
+    behind_other_store(web, local_scripts_on_s3, listed_as="folder.png/")
     stderr = local_scripts_on_s3.create("--images", bucket.url)
     assert counts(stderr) == {"new": 1} and skipped(stderr) == ["1 empty object"]
 
@@ -283,8 +285,8 @@ def test_an_object_that_the_store_refuses_is_one_unreadable_image(
     settings = patched(local_scripts_on_s3.folder, {"imagesearch.sources.bucket.RETRY_SECONDS_OF_A_RUN": 2})
     names = ("a.png", "broken.png", "encrypted.png", "z.png")
     bucket.put({name: png(seed) for seed, name in enumerate(names)})
-    through(web, local_scripts_on_s3)
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
+    behind_other_store(web, local_scripts_on_s3)
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
     assert counts(stderr) == {"new": 2, "unreadable": 2}
     assert f"Cannot read {bucket.url}/encrypted.png: HTTP 400 InvalidRequest" in stderr
     assert f"Cannot read {bucket.url}/broken.png: HTTP 500" in stderr
@@ -295,19 +297,19 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     """After two minutes; here after two retries. Objects that wait are not tried any more."""
     scripts = local_scripts_on_s3
-    settings = patched(scripts.folder, {"imagesearch.sources.bucket.RETRY_SECONDS_OF_A_RUN": 2})
-    bucket.put({f"many/{number}.png": png(number, (60, 40)) for number in range(1000)})
+    fewer = "import imagesearch.sources.bucket as b\nb.RETRY_SECONDS_OF_A_RUN = 2"
+    bucket.put({f"many/{number}.png": png(number) for number in range(600)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
-        settings["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
-        process = scripts.start("create.py", "--images", bucket.url, **settings)
-        wait_until(lambda: process.poll() is not None or scripts.count() > 0)
+        url = f"http://127.0.0.1:{proxy.port}"
+        process = scripts.start_paused("--images", bucket.url, code=fewer, AWS_ENDPOINT_URL=url)
         proxy.stop()
-        code, stderr = end(process, seconds=30)
+        scripts.go_on()
+        code, stderr = end(process, seconds=60)
     assert code == 1, stderr
     assert f"create.py: No answer from {bucket.url} (" in stderr
     stored = scripts.count()
-    assert counts(stderr)["new"] == stored < 1000
-    assert counts(scripts.create("--images", bucket.url)) == {"new": 1000 - stored, "unchanged": stored}
+    assert counts(stderr)["new"] == stored < 600
+    assert counts(scripts.create("--images", bucket.url)) == {"new": 600 - stored, "unchanged": stored}
 
 
 def test_a_store_that_is_overloaded_for_20_seconds_loses_nothing(
@@ -315,7 +317,7 @@ def test_a_store_that_is_overloaded_for_20_seconds_loses_nothing(
 ) -> None:
     """With HTTP 503, as S3 has it for who is too fast."""
     bucket.put({f"{number}.png": png(number) for number in range(100)})
-    through(web, local_scripts_on_s3, overloaded_seconds=20)
+    behind_other_store(web, local_scripts_on_s3, overloaded_seconds=20)
     stderr = local_scripts_on_s3.create("--images", bucket.url)
     assert counts(stderr) == {"new": 100}
     assert f"Retrying requests to {bucket.url}: no answer yet." in stderr
@@ -337,4 +339,4 @@ def test_ctrl_c_ends_a_run_whose_store_is_silent(local_scripts_on_s3: Scripts, w
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5

@@ -35,7 +35,7 @@ from tools.neighbors import load_index, numbers
 
 pytestmark = pytest.mark.slow
 
-PASSWORD = "admin:[^@]*@"
+CREDENTIALS = "admin:[^@]*@"
 MODULE = "imagesearch.index.elasticsearch"
 
 
@@ -230,7 +230,7 @@ def test_an_api_key_stands_for_the_password(scripts_on_elasticsearch: Scripts, b
     except AssertionError as refused:
         assert "pattern_capture" in str(refused)
         pytest.skip("this Elasticsearch keeps no API keys: set TEST_ES_URL; that leaves a real key untested")
-    keyed = {"ES_URL": re.sub(PASSWORD, "", scripts.environment["ES_URL"]), "ES_API_KEY": key["encoded"]}
+    keyed = {"ES_URL": re.sub(CREDENTIALS, "", scripts.environment["ES_URL"]), "ES_API_KEY": key["encoded"]}
     assert counts(scripts.create(**keyed)) == {"new": 31}
     assert scripts.search(bird_images[1], **keyed)[0]["hits"]["max_score"] == pytest.approx(1, abs=1e-5)
 
@@ -262,8 +262,8 @@ def test_a_bulk_request_is_below_1_mb() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        ({"ES_URL": (PASSWORD, "admin:wrong@")}, 2, "rejected the user or password in ES_URL (HTTP 401)"),
-        ({"ES_URL": (PASSWORD, "")}, 2, "requires authentication (HTTP 401), and none was given"),
+        ({"ES_URL": (CREDENTIALS, "admin:wrong@")}, 2, "rejected the user or password in ES_URL (HTTP 401)"),
+        ({"ES_URL": (CREDENTIALS, "")}, 2, "requires authentication (HTTP 401), and none was given"),
         ({"ES_URL": ("@localhost:.*", "@localhost:9")}, 1, "No answer from https://localhost:9 ("),
         ({"ES_URL": ("@localhost:", "@nowhere.invalid:")}, 1, "No answer from https://nowhere.invalid:"),
         ({"ES_URL": ("@localhost:", "@a..b:")}, 1, "No answer from https://a..b:"),
@@ -357,7 +357,7 @@ def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Script
     )
     with index_template(scripts, {"index.routing.allocation.require._name": "nope"}):
         for _ in range(2):  # a new index, then one that is there
-            stderr = scripts.create(code=1, new_python=True, **fewer)
+            stderr = scripts.create(code=1, **fewer)
             assert f"The index {scripts.index} has no active shard 0: " in stderr and "ES_URL" not in stderr
     done = scripts.run("search.py", path)
     assert done.returncode == 1 and "has no active shard 0" in done.stderr
@@ -371,5 +371,5 @@ def test_insecure_goes_on_without_the_ca_and_says_so(
     done = scripts.run("search.py", bird_images[0], "--insecure", ES_CA_CERT="")
     assert done.returncode == 0 and "--insecure" in done.stderr and done.stderr.count("\n") == 1
     for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PYTHONHTTPSVERIFY"):  # nothing else turns it off
-        done = scripts.run("search.py", bird_images[0], new_python=True, ES_CA_CERT="", **{variable: ""})
+        done = scripts.run("search.py", bird_images[0], ES_CA_CERT="", **{variable: ""})
         assert done.returncode == 2 and "cannot be verified" in done.stderr

@@ -133,6 +133,10 @@ class _Adapter(HTTPAdapter):
         status = RETRIED_STATUSES[0]
         try:
             response = super().send(*args, **options)
+            try:
+                response.content  # noqa: B018  # it is read and kept
+            except requests.exceptions.ChunkedEncodingError:  # it broke off, which urllib3 does not repeat
+                response = super().send(*args, **options)
             status = response.status_code
             return response
         finally:

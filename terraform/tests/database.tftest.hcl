@@ -90,52 +90,21 @@ run "three_variables_are_enough" {
   }
 }
 
-run "a_resource_group_by_name" {
+run "what_is_asked_for_reaches_the_database" {
   command = apply
 
   variables {
-    resource_group = "tutorials"
+    resource_group      = "tutorials"
+    member_memory_mb    = 4096
+    member_disk_mb      = 5120
+    tags                = ["team:search", "tutorial"]
+    allowlist           = ["203.0.113.7", "198.51.100.9/24"]
+    deletion_protection = true
   }
 
   assert {
     condition     = data.ibm_resource_group.this.name == "tutorials"
     error_message = "The group must be looked up by name."
-  }
-}
-
-run "private_endpoints_give_the_private_address" {
-  command = apply
-
-  variables {
-    service_endpoints = "private"
-  }
-
-  assert {
-    condition     = data.ibm_database_connection.this.endpoint_type == "private" && ibm_database.elasticsearch.service_endpoints == "private"
-    error_message = "A private database has a private address only."
-  }
-}
-
-run "both_endpoints_give_the_public_address" {
-  command = apply
-
-  variables {
-    service_endpoints = "public-and-private"
-  }
-
-  assert {
-    condition     = data.ibm_database_connection.this.endpoint_type == "public"
-    error_message = "With both, the public address is given."
-  }
-}
-
-run "sizes_that_are_asked_for" {
-  command = apply
-
-  variables {
-    member_memory_mb = 4096
-    member_disk_mb   = 5120
-    tags             = ["team:search", "tutorial"]
   }
 
   assert {
@@ -152,43 +121,10 @@ run "sizes_that_are_asked_for" {
     condition     = ibm_database.elasticsearch.tags == toset(["team:search", "tutorial"])
     error_message = "The tags must reach the database."
   }
-}
-
-run "an_isolated_flavor" {
-  command = apply
-
-  variables {
-    host_flavor = "b3c.4x16.encrypted"
-  }
-
-  assert {
-    condition = (
-      one(one(ibm_database.elasticsearch.group).host_flavor).id == "b3c.4x16.encrypted" &&
-      length(one(ibm_database.elasticsearch.group).memory) == 0 &&
-      length(one(ibm_database.elasticsearch.group).disk) == 0
-    )
-    error_message = "An isolated flavor brings its own memory and disk."
-  }
-}
-
-run "an_allowlist" {
-  command = apply
-
-  variables {
-    allowlist = ["203.0.113.7", "198.51.100.9/24"]
-  }
 
   assert {
     condition     = toset([for entry in ibm_database.elasticsearch.allowlist : entry.address]) == toset(["203.0.113.7/32", "198.51.100.0/24"])
     error_message = "Every address and range must reach the database, as a CIDR range."
-  }
-}
-
-run "deletion_protection" {
-  command = apply
-
-  variables {
-    deletion_protection = true
   }
 
   assert {
@@ -197,16 +133,40 @@ run "deletion_protection" {
   }
 }
 
-run "platinum_on_isolated_machines" {
+run "private_endpoints_give_the_private_address" {
   command = apply
 
   variables {
-    plan        = "platinum"
-    host_flavor = "b3c.4x16.encrypted"
+    service_endpoints = "private"
   }
 
   assert {
-    condition     = ibm_database.elasticsearch.plan == "platinum" && one(one(ibm_database.elasticsearch.group).host_flavor).id == "b3c.4x16.encrypted"
-    error_message = "Plan and flavor must reach the database."
+    condition     = data.ibm_database_connection.this.endpoint_type == "private" && ibm_database.elasticsearch.service_endpoints == "private"
+    error_message = "A private database has a private address only."
+  }
+}
+
+run "platinum_on_isolated_machines_with_both_endpoints" {
+  command = apply
+
+  variables {
+    plan              = "platinum"
+    host_flavor       = "b3c.4x16.encrypted"
+    service_endpoints = "public-and-private"
+  }
+
+  assert {
+    condition = (
+      ibm_database.elasticsearch.plan == "platinum" &&
+      one(one(ibm_database.elasticsearch.group).host_flavor).id == "b3c.4x16.encrypted" &&
+      length(one(ibm_database.elasticsearch.group).memory) == 0 &&
+      length(one(ibm_database.elasticsearch.group).disk) == 0
+    )
+    error_message = "Plan and flavor must reach the database; an isolated flavor brings its own memory and disk."
+  }
+
+  assert {
+    condition     = data.ibm_database_connection.this.endpoint_type == "public"
+    error_message = "With both, the public address is given."
   }
 }
