@@ -64,7 +64,7 @@ META_KEY = "imagesearch"  # in the mapping's _meta, which index templates may sh
 # of a quantized index, all of these are scored again by their exact vectors. docs/scaling.md has the recall.
 CANDIDATES: dict[str, tuple[int, int | None]] = {
     "hnsw": (1500, None),
-    "int8_hnsw": (750, 2),
+    "int8_hnsw": (500, 2),
     "bbq_hnsw": (1500, 2),
 }
 
