@@ -12,7 +12,8 @@ help:
 	@echo 'make test-fast  run the tests that need no server'
 	@echo 'make lint       check style and types'
 	@echo 'make benchmark  measure speed, and write build/benchmark.md'
-	@echo 'make neighbors  measure recall on a real Elasticsearch, and write build/neighbors.md (N=1000000 TYPE=int8_hnsw)'
+	@echo 'make neighbors  measure recall on a real Elasticsearch, and write build/neighbors.md; N=1000000 TYPE=int8_hnsw'
+	@echo '                for one size and index type, which takes hours and 30 GB of the disk'
 	@echo 'make pin        compile requirements*.in to requirements*.txt, with the version and the hashes of every package'
 	@echo 'make clean      remove .venv and build'
 
@@ -34,7 +35,7 @@ benchmark: $(VENV)/installed-dev
 	$(BIN)/python -m tools.benchmark
 
 neighbors: $(VENV)/installed-dev
-	$(BIN)/python -m tools.neighbors $(N) $(TYPE)
+	$(BIN)/python -m tools.neighbors $(if $(N),--size $(N)) $(if $(TYPE),--index-type $(TYPE))
 
 # What imgbeddings names and this project never imports, with what only that needs: half of the whole.
 UNUSED := transformers tokenizers safetensors regex typer shellingham rich pygments markdown-it-py mdurl \

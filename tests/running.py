@@ -38,6 +38,10 @@ make_chunks = parallel.make_chunks
 def pausing(*arguments):
     number = 0
     for chunk in make_chunks(*arguments):
+        if number + len(chunk) > 300 and not os.path.exists({begun!r}):
+            with open({begun!r} + ".new", "w") as file:
+                file.write(str(number))
+            os.rename({begun!r} + ".new", {begun!r})
         number += len(chunk)
         while number > 300 and not os.path.exists({go_on!r}):
             time.sleep(0.02)
@@ -106,9 +110,13 @@ class Scripts:
             stderr=stderr,
         )
 
-    def run(self, script: str, *arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Runs a script to its end: in a fork, or in a new Python if there is a variable PYTHON… for it."""
-        if any(name.startswith("PYTHON") for name in self.environment | environment):
+    def run(
+        self, script: str, *arguments: object, new_python: Any = False, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Runs a script to its end: in a fork, or in a new Python, which reads PYTHON… and LC_… variables."""
+        names = [name for name in self.environment | environment if name.startswith("PYTHON")]
+        assert new_python or not names, f"use new_python for {names}"
+        if new_python:
             process = self.start(script, *arguments, **environment)
             stdout, stderr = process.communicate(timeout=RUN_SECONDS)
             done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -118,14 +126,17 @@ class Scripts:
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def start_paused(self, *arguments: object, code: str = "", **options: Any) -> "subprocess.Popen[str]":
-        """Starts create.py, in which `code` is run first, and waits until it has stored 300 images, or nearly.
+    def start_paused(
+        self, *arguments: object, constants: Any = None, code: Any = "", **options: Any
+    ) -> "subprocess.Popen[str]":
+        """Starts create.py, patched, and waits until it has stored nearly 300 images, with nothing more under way.
 
         It begins no more chunks until `go_on` is called.
         """
-        code += PAUSING.format(go_on=str(self.pause_file))
-        process = self.start("create.py", *arguments, **patched(self.pause_file.parent, code=code), **options)
-        wait_until(lambda: process.poll() is not None or self.count() > 300 - 96)
+        begun = self.pause_file.with_name("begun")
+        code += PAUSING.format(go_on=str(self.pause_file), begun=str(begun))
+        process = self.start("create.py", *arguments, **patched(begun.parent, constants, code), **options)
+        wait_until(lambda: process.poll() is not None or (begun.exists() and self.count() >= int(begun.read_text())))
         assert process.poll() is None, process.communicate()
         return process
 
@@ -173,15 +184,15 @@ class Scripts:
         assert b"Traceback" not in shown, shown
         return process.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode())
 
-    def create(self, *arguments: object, code: Any = 0, **environment: str) -> str:
+    def create(self, *arguments: object, code: Any = 0, new_python: Any = False, **environment: str) -> str:
         """Runs create.py, which must exit with `code`; returns its stderr."""
-        done = self.run("create.py", *arguments, **environment)
+        done = self.run("create.py", *arguments, new_python=new_python, **environment)
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    def search(self, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+    def search(self, *arguments: object, new_python: Any = False, **environment: str) -> list[dict[str, Any]]:
         """Runs search.py; returns the JSON that it prints, a line each."""
-        done = self.run("search.py", *arguments, **environment)
+        done = self.run("search.py", *arguments, new_python=new_python, **environment)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

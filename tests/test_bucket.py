@@ -14,7 +14,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 from tests.pictures import Pictures, png
-from tests.running import Scripts, counts, end, patched, skipped, wait_until
+from tests.running import Scripts, counts, end, patched, read_until, skipped, wait_until
 from tests.server import Bucket
 from tests.tcp_proxy import TcpProxy
 
@@ -167,7 +167,7 @@ def test_an_object_that_is_too_large_is_not_read(local_scripts_on_s3: Scripts, b
     """Beyond 200 MB; here 300 bytes."""
     bucket.put({"a.png": png(1, (4, 4)), "large.png": png(2, (60, 40))})
     settings = patched(local_scripts_on_s3.folder, {"imagesearch.sources.memory.MAX_CONTENT_BYTES": 300})
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
     assert counts(stderr) == {"new": 1, "unreadable": 1}
     assert f"Cannot read {bucket.url}/large.png: more than " in stderr
 
@@ -198,10 +198,11 @@ def test_a_store_that_goes_away_and_comes_back_loses_nothing(
     bucket.put({f"many/{number}.png": png(number) for number in range(600)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
-        process = local_scripts_on_s3.start_paused("--images", bucket.url, AWS_ENDPOINT_URL=url)
+        sooner = {"imagesearch.sources.bucket.SILENT_SECONDS": 1}
+        process = local_scripts_on_s3.start_paused("--images", bucket.url, constants=sooner, AWS_ENDPOINT_URL=url)
         proxy.stop()
         local_scripts_on_s3.go_on()
-        time.sleep(2)
+        read_until(process, f"Retrying requests to {bucket.url}: no answer yet.")
         proxy.start()
         code, stderr = end(process)
     assert code == 0, stderr
@@ -286,7 +287,7 @@ def test_an_object_that_the_store_refuses_is_one_unreadable_image(
     names = ("a.png", "broken.png", "encrypted.png", "z.png")
     bucket.put({name: png(seed) for seed, name in enumerate(names)})
     behind_other_store(web, local_scripts_on_s3)
-    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, **settings)
+    stderr = local_scripts_on_s3.create("--images", bucket.url, code=1, new_python=True, **settings)
     assert counts(stderr) == {"new": 2, "unreadable": 2}
     assert f"Cannot read {bucket.url}/encrypted.png: HTTP 400 InvalidRequest" in stderr
     assert f"Cannot read {bucket.url}/broken.png: HTTP 500" in stderr
@@ -297,11 +298,11 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     """After two minutes; here after two retries. Objects that wait are not tried any more."""
     scripts = local_scripts_on_s3
-    fewer = "import imagesearch.sources.bucket as b\nb.RETRY_SECONDS_OF_A_RUN = 2"
+    fewer = {"imagesearch.sources.bucket.RETRY_SECONDS_OF_A_RUN": 2}
     bucket.put({f"many/{number}.png": png(number) for number in range(600)})
     with TcpProxy(urlsplit(s3["AWS_ENDPOINT_URL"]).port or 0) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
-        process = scripts.start_paused("--images", bucket.url, code=fewer, AWS_ENDPOINT_URL=url)
+        process = scripts.start_paused("--images", bucket.url, constants=fewer, AWS_ENDPOINT_URL=url)
         proxy.stop()
         scripts.go_on()
         code, stderr = end(process, seconds=60)

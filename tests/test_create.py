@@ -54,30 +54,30 @@ def test_a_second_run_embeds_only_what_changed(scripts: Scripts, bird_images: li
 
 def test_a_renamed_folder_is_not_embedded_again(scripts: Scripts, model_calls: Path, pictures: Pictures) -> None:
     pictures(40, folder="images/unsorted")
-    assert counts(scripts.create()) == {"new": 40}
+    assert counts(scripts.create(new_python=True)) == {"new": 40}
     before = scripts.embeddings()
     (scripts.folder / "images" / "unsorted").rename(scripts.folder / "images" / "Osprey")
-    assert counts(scripts.create("--prune")) == {"new": 40, "known": 40, "deleted": 40}
+    assert counts(scripts.create("--prune", new_python=True)) == {"new": 40, "known": 40, "deleted": 40}
     assert model_calls.stat().st_size == 40
     assert scripts.embeddings() == {path.replace("unsorted", "Osprey"): bits for path, bits in before.items()}
-    (hit,) = scripts.hits("images/Osprey/7.png")
+    (hit,) = scripts.search("images/Osprey/7.png", new_python=True)[0]["hits"]["hits"]
     assert hit["fields"] == {"file_path": ["./images/Osprey/7.png"], "desc": ["Osprey"]}
 
 
 def test_copies_are_embedded_once(scripts: Scripts, model_calls: Path, picture: Picture) -> None:
     for number in range(30):
         picture(f"images/{number}.png", size=(8, 8), seed=number % 3)
-    found = counts(scripts.create())
+    found = counts(scripts.create(new_python=True))
     embedded = model_calls.stat().st_size
     assert 3 <= embedded <= 3 * available_cpus()  # the same content may be embedded on two CPUs at one moment
     assert found == {"new": 30, "known": 30 - embedded}
     picture("images/0.png", size=(8, 8), seed=1)  # the content of 1.png
     picture("images/new.png", size=(8, 8), seed=99)
-    assert counts(scripts.create()) == {"new": 1, "updated": 1, "known": 1, "unchanged": 29}
+    assert counts(scripts.create(new_python=True)) == {"new": 1, "updated": 1, "known": 1, "unchanged": 29}
     assert model_calls.stat().st_size == embedded + 1
     embedded = model_calls.stat().st_size
     scripts.index += "-other"  # another index is no source of embeddings
-    assert counts(scripts.create())["new"] == 31
+    assert counts(scripts.create(new_python=True))["new"] == 31
     assert model_calls.stat().st_size >= embedded + 4
 
 

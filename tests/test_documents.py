@@ -296,7 +296,7 @@ def test_the_install_of_readme_is_enough(tmp_path: Path, pictures: Pictures) -> 
 
 
 def test_the_pins_fit_what_they_were_compiled_from(tmp_path: Path) -> None:
-    """`make pin` would change nothing but versions."""
+    """Without newer versions, `make pin` would change nothing."""
     shown = subprocess.check_output(["make", "--always-make", "--dry-run", "pin"], cwd=ROOT, text=True)
     for name in ("requirements", "requirements-dev"):
         before = (ROOT / f"{name}.txt").read_text()
@@ -305,4 +305,5 @@ def test_the_pins_fit_what_they_were_compiled_from(tmp_path: Path) -> None:
         uv, *arguments = shlex.split(command.replace("--upgrade", ""))
         path = Path(sys.executable).parent / uv
         subprocess.run([path, *arguments, "-o", tmp_path / f"{name}.txt"], cwd=ROOT, check=True)
-        assert (tmp_path / f"{name}.txt").read_text() == before
+        after = (tmp_path / f"{name}.txt").read_text()
+        assert re.findall(r"^[^\s#]+", after, re.MULTILINE) == re.findall(r"^[^\s#]+", before, re.MULTILINE)

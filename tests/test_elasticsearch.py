@@ -357,7 +357,7 @@ def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Script
     )
     with index_template(scripts, {"index.routing.allocation.require._name": "nope"}):
         for _ in range(2):  # a new index, then one that is there
-            stderr = scripts.create(code=1, **fewer)
+            stderr = scripts.create(code=1, new_python=True, **fewer)
             assert f"The index {scripts.index} has no active shard 0: " in stderr and "ES_URL" not in stderr
     done = scripts.run("search.py", path)
     assert done.returncode == 1 and "has no active shard 0" in done.stderr
@@ -371,5 +371,5 @@ def test_insecure_goes_on_without_the_ca_and_says_so(
     done = scripts.run("search.py", bird_images[0], "--insecure", ES_CA_CERT="")
     assert done.returncode == 0 and "--insecure" in done.stderr and done.stderr.count("\n") == 1
     for variable in ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PYTHONHTTPSVERIFY"):  # nothing else turns it off
-        done = scripts.run("search.py", bird_images[0], ES_CA_CERT="", **{variable: ""})
+        done = scripts.run("search.py", bird_images[0], new_python=True, ES_CA_CERT="", **{variable: ""})
         assert done.returncode == 2 and "cannot be verified" in done.stderr

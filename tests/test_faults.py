@@ -50,10 +50,10 @@ def test_a_server_that_is_killed_or_frozen_and_comes_back_loses_nothing(
     is_killed: bool, scripts_to_kill: Scripts, elasticsearch_to_kill: Elasticsearch
 ) -> None:
     """A frozen one is waited for 30 seconds at a time, here for three; each retry is said, here without a pause."""
-    patch = "import imagesearch.console as c\nc.SAY_SECONDS = 0\n"
+    constants = {"imagesearch.console.SAY_SECONDS": 0}
     if not is_killed:
-        patch += "import imagesearch.index.elasticsearch as e\ne.READ_TIMEOUT_SECONDS = 3\n"
-    process = scripts_to_kill.start_paused(code=patch)
+        constants["imagesearch.index.elasticsearch.READ_TIMEOUT_SECONDS"] = 3
+    process = scripts_to_kill.start_paused(constants=constants)
     if is_killed:
         elasticsearch_to_kill.kill()
     else:
@@ -165,7 +165,7 @@ def test_an_overloaded_server_is_given_up_after_one_round_of_retries(
     scripts = scripts_on_elasticsearch
     picture("images/a.png")
     behind_failing_proxy(web, scripts, "_bulk", times=100, status=429)
-    stderr = scripts.create(code=1, **patched(scripts.folder, code=FEWER_RETRIES))
+    stderr = scripts.create(code=1, new_python=True, **patched(scripts.folder, code=FEWER_RETRIES))
     assert "Retrying a request to Elasticsearch: HTTP 429" in stderr and "answered HTTP 429)" in stderr
     assert sum(request.path.endswith("_bulk") for request, _ in web.log) == 3
 

@@ -70,7 +70,7 @@ def test_a_consumer_that_stops_early_cancels_the_rest() -> None:
         results = map_buffered(pool, slow, range(1000), buffersize=50)
         next(results)
         results.close()
-    assert len(done) < 60
+    assert len(done) < 40
 
 
 def test_an_error_waits_for_what_is_under_way_and_starts_nothing_more() -> None:

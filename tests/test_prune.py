@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MANY
 from tests.pictures import Picture, Pictures
-from tests.running import Scripts, counts, end, wait_until
+from tests.running import Scripts, counts, end
 
 pytestmark = pytest.mark.slow
 
@@ -90,10 +89,10 @@ def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(scripts_on_file:
     scripts = scripts_on_file
     shutil.copytree(many_images / "images", scripts.folder / "images")
     scripts.create("--images", "images/1")
-    process = scripts.start("create.py", "--prune")
-    wait_until(lambda: process.poll() is not None or scripts.count() > MANY // 4)
+    process = scripts.start_paused("--prune")
     (scripts.folder / "images").rename(scripts.folder / "disk")
     (scripts.folder / "images").mkdir()  # as an empty mount point
+    scripts.go_on()
     code, stderr = end(process)
     assert code == 2, stderr
     assert "more than the number of images there (0)" in stderr and "deleted" not in counts(stderr)

@@ -179,7 +179,7 @@ os._exit = list_modules_and_end
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
-        scripts.search(query, **patched(scripts.folder, code=code))
+        scripts.search(query, new_python=True, **patched(scripts.folder, code=code))
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
     never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}

@@ -50,7 +50,7 @@ def test_the_time_left_is_told_from_what_is_embedded(monkeypatch: pytest.MonkeyP
 def test_without_a_terminal_there_is_a_line_now_and_then(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     """Every 30 seconds; here with each chunk."""
     settings = patched(scripts_on_file.folder, {"imagesearch.progress.LINE_INTERVAL_SECONDS": 0})
-    stderr = scripts_on_file.create(**settings)
+    stderr = scripts_on_file.create(new_python=True, **settings)
     assert "\n31 images done\n" in stderr
 
 

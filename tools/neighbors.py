@@ -1,17 +1,17 @@
 """How good Elasticsearch's neighbors are, what they cost, and how fast they are indexed: writes build/neighbors.md.
 
-    python -m tools.neighbors [SIZE] [INDEX_TYPE]
+    python -m tools.neighbors [--size SIZE] [--index-type TYPE]
 
 Without arguments: all four shapes of embeddings (tools/embeddings.py) at 30,000, and the clustered ones at 100,000.
 With a size: the clustered ones, in an index of each type or of one; a million takes some hours and 30 GB of the disk.
 """
 
+import argparse
 import itertools
 import os
 import platform
 import re
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,8 @@ from elasticsearch import Elasticsearch
 
 from imagesearch.index import Index, open_index
 from imagesearch.index.connection import Connection
-from imagesearch.parallel import available_cpus, make_chunks, map_buffered
+from imagesearch.index.elasticsearch import CANDIDATES
+from imagesearch.parallel import available_cpus, batch_until_error, map_buffered
 from imagesearch.records import Document, ImageFile, IndexMetadata, ModelInfo
 from tests.server import ROOT
 from tests.server import Elasticsearch as Server
@@ -55,9 +56,7 @@ def load_index(index: Index, embeddings: Iterable[Embeddings]) -> float:
     started = time.perf_counter()
     documents = itertools.starmap(_document, enumerate(embeddings))
     with ThreadPoolExecutor(WORKERS) as pool:
-        for stored in map_buffered(
-            pool, index.write, make_chunks(documents, CHUNK_SIZE, 0, lambda _: 0, 0), 2 * WORKERS
-        ):
+        for stored in map_buffered(pool, index.write, batch_until_error(documents, CHUNK_SIZE), 2 * WORKERS):
             assert stored
     index.refresh()
     return time.perf_counter() - started
@@ -104,7 +103,7 @@ def disk_usage(client: Elasticsearch, index: str) -> str:
     source = usage["fields"]["_source"]["total_in_bytes"]
     parts = [part / figures["docs"]["count"] for part in (usage["store_size_in_bytes"], vectors, source)]
     return "{:,} segments; {:,.0f} bytes a document: vectors and graph {:,.0f}, source {:,.0f}".format(
-        figures["segments"]["count"], *(parts[0], parts[1], parts[2])
+        figures["segments"]["count"], *parts
     )
 
 
@@ -138,10 +137,17 @@ def wait_for_merges(client: Elasticsearch, index: str) -> None:
         time.sleep(1)
 
 
-def measure(client: Elasticsearch, server: Server, size: int, shape: str, index_type: str) -> Iterator[str]:
-    """Yields the rows of one shape, size and index type, then a line about it."""
-    embeddings, queries = SHAPES[shape](size, 1), SHAPES[shape](max(size, QUERIES), 2)[:QUERIES]
-    truth, settings = nearest(embeddings, queries, K), SETTINGS[index_type]
+def measure(
+    client: Elasticsearch,
+    server: Server,
+    shape: str,
+    embeddings: Embeddings,
+    queries: Embeddings,
+    truth: Any,
+    index_type: str,
+) -> Iterator[str]:
+    """Yields the rows of some embeddings in an index of one type, then a line about it."""
+    size, settings = len(embeddings), SETTINGS[index_type]
     index, notes = f"{shape}-{size}-{index_type.replace('_', '-')}", list[str]()
 
     def rows(when: str) -> Iterator[str]:
@@ -163,7 +169,7 @@ def measure(client: Elasticsearch, server: Server, size: int, shape: str, index_
         notes.append(f"its own merges ended {time.perf_counter() - started:.0f} s later: {disk_usage(client, index)}")
         yield from rows("after its own merges")
     if os.access(DROP_CACHES, os.W_OK):
-        times = [cold_query(client, index, query, settings[-1]) for query in queries[:5]]
+        times = [cold_query(client, index, query, CANDIDATES[index_type]) for query in queries[:5]]
         notes.append(f"a query with nothing in the page cache {statistics.median(times):,.0f} ms")
     if size > LARGE:
         started = time.perf_counter()
@@ -176,11 +182,13 @@ def measure(client: Elasticsearch, server: Server, size: int, shape: str, index_
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    types = [each for each in arguments if each in SETTINGS] or list(SETTINGS)
-    sizes = [int(each) for each in arguments if each not in SETTINGS]
-    pairs = [(size, "clustered") for size in sizes or [100_000]]
-    if not sizes:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, help="how many embeddings")
+    parser.add_argument("--index-type", choices=list(SETTINGS), help="one index type, in place of all")
+    arguments = parser.parse_args()
+    types = [arguments.index_type] if arguments.index_type else list(SETTINGS)
+    pairs = [(arguments.size or 100_000, "clustered")]
+    if not arguments.size:
         pairs += [(30_000, shape) for shape in SHAPES]
     memory = f"{max(2, max(size for size, _ in pairs) // 250_000)}g"
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -193,10 +201,13 @@ def main() -> None:
             connection.url, headers=connection.headers, ssl_context=connection.ssl_context(), request_timeout=600
         )
         print(HEADER)
-        for (size, shape), index_type in itertools.product(pairs, types):
-            for line in measure(client, server, size, shape, index_type):
-                print(line, flush=True)
-                (rows if line.startswith("|") else notes).append(line)
+        for size, shape in pairs:
+            embeddings, queries = SHAPES[shape](size, 1), SHAPES[shape](size, 2)[:QUERIES].copy()
+            truth = nearest(embeddings, queries, K)
+            for index_type in types:
+                for line in measure(client, server, shape, embeddings, queries, truth, index_type):
+                    print(line, flush=True)
+                    (rows if line.startswith("|") else notes).append(line)
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "neighbors.md").write_text("\n".join([machine, "", *rows, "", *notes]) + "\n")
 
