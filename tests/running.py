@@ -30,7 +30,7 @@ from tests.server import ROOT, request
 LEFT_OUT = ("ES_", "HF_", "TEST_", "AWS_", "PYTHON")  # variables that would lead the scripts elsewhere
 RUN_SECONDS = 300  # after which a person would give up
 
-# In a script: chunks beyond the first 300 images wait for a file, so that all that has begun is stored.
+# In a script: chunks beyond the first 300 images wait for a file; how many images have begun is in another.
 PAUSING = """
 import os, time
 import imagesearch.parallel as parallel
@@ -38,13 +38,13 @@ make_chunks = parallel.make_chunks
 def pausing(*arguments):
     number = 0
     for chunk in make_chunks(*arguments):
-        if number + len(chunk) > 300 and not os.path.exists({begun!r}):
+        if number + len(chunk) > 300:
             with open({begun!r} + ".new", "w") as file:
                 file.write(str(number))
             os.rename({begun!r} + ".new", {begun!r})
+            while not os.path.exists({go_on!r}):
+                time.sleep(0.02)
         number += len(chunk)
-        while number > 300 and not os.path.exists({go_on!r}):
-            time.sleep(0.02)
         yield chunk
 parallel.make_chunks = pausing
 """
