@@ -5,9 +5,9 @@ import shutil
 import signal
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -20,6 +20,7 @@ from tests.running import Scripts, environment
 from tests.server import S3, Bucket, Elasticsearch, UnavailableError, newest_release
 from tests.tcp_proxy import TcpProxy
 
+Server = TypeVar("Server", Elasticsearch, S3)
 MANY = 1000  # images in `many_images`
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
@@ -42,39 +43,38 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 # Servers, one of each for each worker of pytest-xdist
 
 
+def available(make: Callable[[], Server], untested: str) -> Server:
+    """Returns a new server, or skips the test if there can be none here."""
+    try:
+        return make()
+    except UnavailableError as reason:
+        unavailable(f"{reason}; that leaves {untested} untested")
+
+
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[dict[str, str]]:
     """The environment of an Elasticsearch with its administrator: of TEST_ES_URL, or one that is started."""
     if "TEST_ES_URL" in os.environ:
         yield {"ES_URL": os.environ["TEST_ES_URL"], "ES_CA_CERT": os.environ.get("TEST_ES_CA_CERT", "")}
         return
-    try:
-        server = Elasticsearch()
-    except UnavailableError as reason:
-        unavailable(f"{reason}; that leaves most of it untested")
-    with server:
+    with available(Elasticsearch, "most of it") as server:
         yield server.environment
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[dict[str, str]]:
     """The environment of an S3 server."""
-    try:
-        server = S3()
-    except UnavailableError as reason:
-        unavailable(f"{reason}; that leaves buckets untested")
-    with server:
+    with available(S3, "buckets") as server:
         yield server.environment
 
 
 @pytest.fixture(scope="session")
 def _killed_server() -> Iterator[Elasticsearch]:
-    try:
+    def make() -> Elasticsearch:
         # It takes one bulk request at a time for one shard, and lets one more wait.
-        server = Elasticsearch(newest_release(), thread_pool__write__size=1, thread_pool__write__queue_size=1)
-    except UnavailableError as reason:
-        unavailable(f"{reason}; that leaves outages untested")
-    with server:
+        return Elasticsearch(newest_release(), thread_pool__write__size=1, thread_pool__write__queue_size=1)
+
+    with available(make, "outages") as server:
         yield server
 
 

@@ -13,8 +13,8 @@ import sys
 import termios
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,16 @@ class Scripts:
         """Sends a request to Elasticsearch; its JSON."""
         return request(self.environment, method, path, body)
 
+    @contextmanager
+    def index_template(self, settings: dict[str, Any], **mappings: Any) -> Iterator[None]:
+        """Gives the index settings and mappings of an index template, if it is created now."""
+        template = {"index_patterns": [self.index], "template": {"settings": settings, "mappings": mappings}}
+        self.request("PUT", f"_index_template/{self.index}", template)
+        try:
+            yield
+        finally:
+            self.request("DELETE", f"_index_template/{self.index}")
+
     def count(self) -> int:
         """How many documents the index has; 0 before there is one."""
         if self.on_elasticsearch:
@@ -254,7 +264,7 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def patched(folder: Path, constants: dict[str, object] | None = None, code: str = "") -> dict[str, str]:
+def patched(folder: Path, constants: Mapping[str, object] | None = None, code: str = "") -> dict[str, str]:
     """The environment in which a script's Python first sets constants, by their full names, and runs `code`."""
     lines = [code]
     for name, value in (constants or {}).items():

@@ -58,9 +58,9 @@ def test_db_is_refused_beside_es_url(scripts_on_file: Scripts) -> None:
 
 
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
-def test_help_names_the_variables_and_shows_examples(script: str, scripts_on_file: Scripts) -> None:
+def test_help_names_every_option_and_variable(script: str, scripts_on_file: Scripts) -> None:
     shown = scripts_on_file.run(script, "--help").stdout
-    for name in ("ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
+    for name in ("--index", "--db", "--model", "--insecure", "ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
         assert name in shown
 
 

@@ -46,7 +46,7 @@ def differences(path: Path, searches: list[Search]) -> int:
     return sum(one["hits"] != other["hits"] for one, other in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("ranges", [1, 3])
+@pytest.mark.parametrize("ranges", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -63,7 +63,7 @@ def test_together_is_as_alone(
     monkeypatch.setattr(sqlite, "available_cpus", lambda: ranges)
     monkeypatch.setattr(sqlite, "ROWS_PER_CPU", 1000)
     monkeypatch.setattr(sqlite, "ROWS_PER_BLOCK", 300)
-    step = SIZE // (3 if options["k"] == 10_000 else 30)
+    step = SIZE // (3 if options["k"] == 10_000 else 60)
     queries = [*embeddings[::step], *clustered(SIZE, 2)[::step]]
     ids = [ImageFile("", f"./{number % 37}/{number}.png", "", 1, 1).id for number in range(0, SIZE, step)]
     searches = [Search(query, **options) for query in queries]
@@ -75,7 +75,7 @@ def test_without_the_margin_neighbors_would_be_lost(
     path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(candidates, "MARGIN", 0.0)
-    assert differences(path, [Search(query, 20) for query in embeddings[::40]]) > 0
+    assert differences(path, [Search(query, 20) for query in embeddings[::20]]) > 0
 
 
 def test_a_search_with_too_many_candidates_is_done_alone(

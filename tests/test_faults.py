@@ -75,11 +75,9 @@ def test_a_server_that_is_killed_or_frozen_and_comes_back_loses_nothing(
 @pytest.mark.xdist_group("elasticsearch_to_kill")
 def test_documents_that_are_rejected_for_now_are_sent_again(scripts_to_kill: Scripts) -> None:
     """With HTTP 429: the server takes one bulk request at a time for a shard, and the index has three."""
-    template = {"index_patterns": [scripts_to_kill.index], "template": {"settings": {"number_of_shards": 3}}}
-    scripts_to_kill.request("PUT", "_index_template/many-shards", template)
-    stderr = scripts_to_kill.create("--images", "images/1")
+    with scripts_to_kill.index_template({"number_of_shards": 3}):
+        stderr = scripts_to_kill.create("--images", "images/1")
     assert counts(stderr) == {"new": MANY // 4}
-    scripts_to_kill.request("DELETE", "_index_template/many-shards")
     pools = scripts_to_kill.request("GET", "_nodes/stats/thread_pool")["nodes"].values()
     assert next(iter(pools))["thread_pool"]["write"]["rejected"] > 0
     assert re.search(r"Retrying .* \(HTTP 429\)", stderr)
@@ -253,10 +251,14 @@ def test_connections_that_end_do_not_end_a_search(many_on_elasticsearch: Scripts
     assert len(lines) == MANY
 
 
-def test_of_two_runs_with_different_models_one_is_refused(scripts: Scripts, pictures: Pictures) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_of_two_runs_with_different_models_one_is_refused(at_once: bool, scripts: Scripts, pictures: Pictures) -> None:
     pictures(20)
     model = averaging_model(scripts.folder / "model.onnx")
-    first, second = scripts.start("create.py"), scripts.start("create.py", "--model", str(model))
+    first = scripts.start("create.py")
+    if not at_once:
+        wait_until(lambda: first.poll() is not None or scripts.count() > 0)
+    second = scripts.start("create.py", "--model", str(model))
     ends = [end(process) for process in (first, second)]
     assert sorted(code for code, _ in ends) == [0, 2], ends
     (refused,) = [stderr for code, stderr in ends if code == 2]

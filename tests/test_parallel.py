@@ -69,8 +69,9 @@ def test_a_consumer_that_stops_early_cancels_the_rest() -> None:
     with ThreadPoolExecutor(1) as pool:
         results = map_buffered(pool, slow, range(1000), buffersize=50)
         next(results)
+        before = len(done)
         results.close()
-    assert len(done) < 40
+    assert len(done) <= before + 2  # one was under way, and one more may have begun
 
 
 def test_an_error_waits_for_what_is_under_way_and_starts_nothing_more() -> None:

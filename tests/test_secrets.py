@@ -75,7 +75,7 @@ def test_the_files_that_stay_hold_no_secret(scripts_on_elasticsearch: Scripts, p
 PIECES = st.text(max_size=8) | st.sampled_from(["1/", "/", "?", "#", "@", ":", ",", "%", "[", "]", "\\", " "])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]) | st.text(max_size=5), PIECES, PIECES)
 def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: str, after: str) -> None:
     try:
@@ -85,7 +85,7 @@ def test_no_address_whatever_it_holds_shows_its_password(scheme: str, before: st
     assert "SECRET" not in shown
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["https", "http"]), PIECES, PIECES)
 def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after: str) -> None:
     assert "SECRET" not in without_credentials(f"{scheme}://admin:{before}SECRET{after}@host/a.png?x=1")
