@@ -14,14 +14,13 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from pytest_httpserver import HTTPServer
 
-from tests.clip_model import build
 from tests.pictures import Picture, Pictures, averaging_model, image
-from tests.running import Scripts, environment
-from tests.server import S3, Bucket, Elasticsearch, UnavailableError, newest_release
+from tests.running import MANY, Scripts, environment
+from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, UnavailableError, java_home
 from tests.tcp_proxy import TcpProxy
+from tools.clip_model import build
 
 Server = TypeVar("Server", Elasticsearch, S3)
-MANY = 1000  # images in `many_images`
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,8 +70,13 @@ def s3() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def _killed_server() -> Iterator[Elasticsearch]:
     def make() -> Elasticsearch:
+        try:
+            java_home(21)
+            release = RELEASE_9
+        except UnavailableError:
+            release = RELEASE
         # It takes one bulk request at a time for one shard, and lets one more wait.
-        return Elasticsearch(newest_release(), thread_pool__write__size=1, thread_pool__write__queue_size=1)
+        return Elasticsearch(release, thread_pool__write__size=1, thread_pool__write__queue_size=1)
 
     with available(make, "outages") as server:
         yield server
@@ -105,9 +109,8 @@ def hub(tmp_path: Path, web: HTTPServer) -> dict[str, str]:
     """A hub on this machine with a small model; the environment in which scripts find it."""
     content = averaging_model(tmp_path / "hub.onnx").read_bytes()
     headers = {"X-Repo-Commit": "a" * 40, "ETag": f'"{"b" * 64}"'}
-    web.expect_request("/minimaxir/imgbeddings/resolve/main/patch32_v1.onnx").respond_with_data(
-        content, headers=headers
-    )
+    path = "/minimaxir/imgbeddings/resolve/main/patch32_v1.onnx"
+    web.expect_request(path).respond_with_data(content, headers=headers)
     return environment(tmp_path) | {"HF_ENDPOINT": web.url_for("").rstrip("/"), "HF_HOME": str(tmp_path / "hf")}
 
 
@@ -119,8 +122,7 @@ def bucket(s3: dict[str, str]) -> Bucket:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The system's Chromium."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not found:
         unavailable("no Chromium (Debian: apt-get install chromium); that leaves how the page looks untested")
     with sync_playwright() as playwright:
@@ -140,12 +142,13 @@ def scripts_on_file(tmp_path: Path) -> Scripts:
 
 @pytest.fixture
 def scripts_on_elasticsearch(tmp_path: Path, elasticsearch: dict[str, str]) -> Iterator[Scripts]:
-    """The scripts on the real Elasticsearch."""
+    """The scripts on the real Elasticsearch; the indices whose names begin like the index's are deleted."""
     scripts = Scripts(tmp_path, environment(tmp_path) | elasticsearch)
     index = scripts.index
     yield scripts
-    for name in {index, scripts.index}:
-        Scripts(tmp_path, elasticsearch).request("DELETE", f"{name}?ignore_unavailable=true")
+    scripts = Scripts(tmp_path, elasticsearch)
+    if indices := list(scripts.request("GET", f"{index}*?ignore_unavailable=true")):
+        scripts.request("DELETE", ",".join(indices))
 
 
 @pytest.fixture(params=["file", "elasticsearch"])

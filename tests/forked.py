@@ -6,6 +6,7 @@ Python is run by `Scripts.start`.
 
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import subprocess
 import sys
@@ -15,35 +16,28 @@ from pathlib import Path
 
 import PIL
 
-LIBRARIES = ["apsw", "argparse", "concurrent.futures.thread", "elasticsearch", "json", "numpy", "obstore.store"]
-LIBRARIES += ["onnx", "onnxruntime", "orjson", "pi_heif", "PIL.Image", "PIL.ImageCms", "requests", "sqlite_vec"]
-LIBRARIES += ["jinja2", "tqdm", *(f"PIL.{plugin}" for plugin in PIL._plugins)]
-MODULES = ["arguments", "gone", "progress", "sources.queries", "results_page", "sources.bucket", "sources.folder"]
-MODULES += ["sources.web", "index.elasticsearch", "index.sqlite", "models.clip", "models.int8"]
+import imagesearch
+
+MODULES = [module.name for module in pkgutil.walk_packages(imagesearch.__path__, "imagesearch.")]
+# What they import only when it is needed.
+LATER = ["elasticsearch", "jinja2", "obstore.store", "onnx", "onnxruntime", "pi_heif", "PIL.ImageCms", "tqdm"]
+LATER += [f"PIL.{plugin}" for plugin in PIL._plugins]
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as imagesearch/start.py does, before numpy is imported
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*LIBRARIES, *(f"imagesearch.{name}" for name in MODULES)])
+_context.set_forkserver_preload([*LATER, *(name for name in MODULES if name != "imagesearch.start")])
 
 
-def run(
-    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float
-) -> "subprocess.CompletedProcess[str]":
+def run(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """Runs Python with these arguments, the first one a script, as `subprocess.run` does; stdin is empty."""
     with tempfile.TemporaryDirectory() as outputs:
         paths = [Path(outputs, name) for name in ("stdout", "stderr")]
-        process = _context.Process(target=_run_script, args=(list(arguments), folder, dict(environment), paths))
+        process = _context.Process(target=_run_script, args=(arguments, folder, dict(environment), paths), daemon=True)
         process.start()
-        process.join(timeout)
-        code = process.exitcode
-        if code is None:
-            process.kill()
-            process.join()
+        process.join()
         texts = [path.read_text() if path.exists() else "" for path in paths]
-        if code is None:
-            raise subprocess.TimeoutExpired(list(arguments), timeout, *texts)
-        return subprocess.CompletedProcess(list(arguments), code, *texts)
+    return subprocess.CompletedProcess(arguments, process.exitcode or 0, *texts)
 
 
 def _run_script(arguments: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:

@@ -4,18 +4,15 @@ import hashlib
 import importlib
 import json
 import os
-import pty
 import re
 import shlex
 import sqlite3
 import subprocess
 import sys
-import termios
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,13 @@ from tests import forked
 from tests.server import ROOT, request
 
 LEFT_OUT = ("ES_", "HF_", "TEST_", "AWS_", "PYTHON")  # variables that would lead the scripts elsewhere
-RUN_SECONDS = 300  # after which a person would give up
+MANY = 1000  # images of the fixture `many`
 
 # In a script: chunks beyond the first 300 images wait for a file; how many images have begun is in another.
 PAUSING = """
 import os, time
 import imagesearch.parallel as parallel
-make_chunks = parallel.make_chunks
+make_chunks, tests = parallel.make_chunks, os.getppid()
 def pausing(*arguments):
     number = 0
     for chunk in make_chunks(*arguments):
@@ -42,7 +39,7 @@ def pausing(*arguments):
             with open({begun!r} + ".new", "w") as file:
                 file.write(str(number))
             os.rename({begun!r} + ".new", {begun!r})
-            while not os.path.exists({go_on!r}):
+            while os.getppid() == tests and not os.path.exists({go_on!r}):
                 time.sleep(0.02)
         number += len(chunk)
         yield chunk
@@ -56,39 +53,41 @@ e.LONG_RETRY = e.LONG_RETRY.new(total=2)
 """
 
 
-@dataclass
 class Scripts:
-    """Runs create.py and search.py as a user does, in a folder of their own, on an index of their own."""
+    """Runs create.py and search.py as a user does, in `folder`, on an index of their own.
 
-    folder: Path
-    environment: dict[str, str]
-    index: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
-    model: str = "thumbnail"
-    home: Path | None = None
-    """Where the scripts and the tests write, if it is not `folder`."""
+    What the tests write, and the local index file, is in `home`.
+    """
+
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = self.folder = home
+        self.environment = environment
+        self.index = f"test-{uuid.uuid4().hex}"
+        self.model = "thumbnail"
 
     @property
     def on_elasticsearch(self) -> bool:
         return "ES_URL" in self.environment
 
+    @property
+    def database(self) -> Path:
+        return self.home / f"{self.index}.db"
+
     def move_to(self, folder: Path) -> "Scripts":
         """Lets the scripts run in another folder; what they write stays in this one. Returns itself."""
-        self.home, self.folder = self.home or self.folder, folder
+        self.folder = folder
         return self
 
     def behind(self, port: int) -> dict[str, str]:
         """The environment in which Elasticsearch is reached by another port, a proxy's."""
         return {"ES_URL": re.sub(r":\d+$", f":{port}", self.environment["ES_URL"])}
 
-    @property
-    def database(self) -> Path:
-        return (self.home or self.folder) / f"{self.index}.db"
-
     def arguments(self, script: str, *arguments: object) -> list[str]:
         """Python's arguments for a script."""
         model = ["--model", self.model] if script == "create.py" and "--model" not in arguments else []
+        elsewhere = self.folder != self.home and not self.on_elasticsearch
+        index = ["--db", str(self.database)] if elsewhere else ["--index", self.index]
         named = {"--index", "--db"} & set(arguments)
-        index = ["--db", str(self.database)] if self.home and not self.on_elasticsearch else ["--index", self.index]
         return [str(ROOT / script), *model, *([] if named else index), *map(str, arguments)]
 
     def start(
@@ -100,94 +99,65 @@ class Scripts:
         **environment: str,
     ) -> "subprocess.Popen[str]":
         """Starts a script; its output is text, on pipes unless another file is given."""
-        return subprocess.Popen(
-            [sys.executable, *self.arguments(script, *arguments)],
-            cwd=self.folder,
-            env=self.environment | environment,
-            text=True,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-        )
+        command = [sys.executable, *self.arguments(script, *arguments)]
+        options: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr}
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, text=True, **options)
 
     def run(
         self, script: str, *arguments: object, new_python: Any = False, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         """Runs a script to its end: in a fork, or in a new Python, which reads PYTHON… and LC_… variables."""
-        names = [name for name in self.environment | environment if name.startswith("PYTHON")]
-        assert new_python or not names, f"use new_python for {names}"
+        variables = self.environment | environment
+        assert new_python or not [name for name in variables if name.startswith("PYTHON")], "use new_python"
         if new_python:
             process = self.start(script, *arguments, **environment)
-            stdout, stderr = process.communicate(timeout=RUN_SECONDS)
-            done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+            outputs = process.communicate()
+            done = subprocess.CompletedProcess(process.args, process.returncode, *outputs)
         else:
-            arguments_of_python = self.arguments(script, *arguments)
-            done = forked.run(arguments_of_python, self.folder, self.environment | environment, RUN_SECONDS)
+            done = forked.run(self.arguments(script, *arguments), self.folder, variables)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
     def start_paused(
-        self, *arguments: object, constants: Any = None, code: Any = "", **options: Any
+        self, *arguments: object, constants: Any = None, source: Any = "", **options: Any
     ) -> "subprocess.Popen[str]":
         """Starts create.py, patched, and waits until it has stored nearly 300 images, with nothing more under way.
 
         It begins no more chunks until `go_on` is called.
         """
-        begun = self.pause_file.with_name("begun")
-        code += PAUSING.format(go_on=str(self.pause_file), begun=str(begun))
-        process = self.start("create.py", *arguments, **patched(begun.parent, constants, code), **options)
+        begun = self.home / "begun"
+        source += PAUSING.format(go_on=str(self.home / "go-on"), begun=str(begun))
+        process = self.start("create.py", *arguments, **patched(self.home, constants, source), **options)
         wait_until(lambda: process.poll() is not None or (begun.exists() and self.count() >= int(begun.read_text())))
         assert process.poll() is None, process.communicate()
         return process
 
     def go_on(self) -> None:
         """Lets a script that `start_paused` has started embed the rest."""
-        self.pause_file.touch()
-
-    @property
-    def pause_file(self) -> Path:
-        return (self.home or self.folder) / "go-on"
+        (self.home / "go-on").touch()
 
     def shell(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Runs a command line with bash; `CREATE` and `SEARCH` are the scripts on this index."""
         for name, script in (("CREATE", "create.py"), ("SEARCH", "search.py")):
             command = command.replace(name, shlex.join([sys.executable, *self.arguments(script)]))
-        return subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.folder,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=RUN_SECONDS,
-        )
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+        variables = self.environment | environment
+        return subprocess.run(["bash", "-c", command], cwd=self.folder, env=variables, **options)
 
     def on_a_terminal(
         self, script: str, *arguments: object, columns: int = 80, stdout: bool = False
     ) -> tuple[int, str]:
         """Runs a script whose stderr, and `stdout` too if wanted, is a terminal; its exit code and what is shown."""
-        ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, columns))
-        shown = b""
-        with subprocess.Popen(
-            [sys.executable, *self.arguments(script, *arguments)],
-            cwd=self.folder,
-            env=self.environment | {"TERM": "xterm"},
-            stderr=theirs,
-            stdout=theirs if stdout else subprocess.DEVNULL,
-        ) as process:
-            os.close(theirs)
-            with suppress(OSError):  # the other end has been closed
-                while part := os.read(ours, 4096):
-                    shown += part
-        os.close(ours)
-        assert b"Traceback" not in shown, shown
-        return process.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.decode())
+        command = shlex.join([sys.executable, *self.arguments(script, *arguments)])
+        command = f"stty rows 24 cols {columns}; {command} {'' if stdout else '>/dev/null'}"
+        done = self.shell(f"script -qec {shlex.quote(command)} /dev/null", TERM="xterm", SHELL="/bin/sh")
+        assert "Traceback" not in done.stdout, done.stdout
+        return done.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
 
-    def create(self, *arguments: object, code: Any = 0, new_python: Any = False, **environment: str) -> str:
-        """Runs create.py, which must exit with `code`; returns its stderr."""
+    def create(self, *arguments: object, exits: Any = 0, new_python: Any = False, **environment: str) -> str:
+        """Runs create.py, which must exit with this code; returns its stderr."""
         done = self.run("create.py", *arguments, new_python=new_python, **environment)
-        assert done.returncode == code, done.stderr
+        assert done.returncode == exits, done.stderr
         return done.stderr
 
     def search(self, *arguments: object, new_python: Any = False, **environment: str) -> list[dict[str, Any]]:
@@ -201,11 +171,11 @@ class Scripts:
         found: list[dict[str, Any]] = self.search(query, *arguments)[0]["hits"]["hits"]
         return found
 
-    def fail(self, code: int, **environment: str) -> str:
-        """Runs both scripts, which both fail with the same line; that line."""
+    def fail(self, exits: int, **environment: str) -> str:
+        """Runs both scripts, which both fail with this code and the same line; that line."""
         (self.folder / "images").mkdir(exist_ok=True)
         done = [self.run(*command, **environment) for command in (("create.py",), ("search.py", "images/a.png"))]
-        assert [(each.returncode, each.stdout) for each in done] == [(code, "")] * 2, done
+        assert [(each.returncode, each.stdout) for each in done] == [(exits, "")] * 2, done
         lines = {each.stderr.split(": ", 1)[1] for each in done}
         assert len(lines) == 1 and all(each.stderr.count("\n") == 1 for each in done), lines
         return lines.pop()
@@ -213,6 +183,11 @@ class Scripts:
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """Sends a request to Elasticsearch; its JSON."""
         return request(self.environment, method, path, body)
+
+    def point(self, alias: str, to: str, not_to: str | None = None) -> None:
+        """Lets an alias point to an index, and no longer to another, at one moment."""
+        actions = [{"remove": {"index": not_to, "alias": alias}}] if not_to else []
+        self.request("POST", "_aliases", {"actions": [*actions, {"add": {"index": to, "alias": alias}}]})
 
     @contextmanager
     def index_template(self, settings: dict[str, Any], **mappings: Any) -> Iterator[None]:
@@ -235,6 +210,11 @@ class Scripts:
                 return int(database.execute("SELECT count(*) FROM images").fetchone()[0])
         return 0
 
+    def change(self, statements: str) -> None:
+        """Changes the local index file by SQL, behind the scripts' back."""
+        with closing(sqlite3.connect(self.database)) as database:
+            database.executescript(statements)
+
     def open_index(self) -> Index:
         """The index that the scripts use."""
         return open_index(self.index, Connection.from_env(self.environment), self.database)
@@ -242,7 +222,7 @@ class Scripts:
     def paths(self) -> list[str]:
         """The `file_path` of every document, sorted."""
         with self.open_index() as index:
-            return sorted([*index.list_paths("."), *index.list_paths("/"), *index.list_paths("s3:/")])
+            return sorted(path for below in (".", "/", "s3:/") for path in index.list_paths(below))
 
     def embeddings(self) -> dict[str, str]:
         """A hash of the bits of every embedding in the index, by path."""
@@ -264,29 +244,29 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"XDG_CACHE_HOME": str(home / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def patched(folder: Path, constants: Mapping[str, object] | None = None, code: str = "") -> dict[str, str]:
-    """The environment in which a script's Python first sets constants, by their full names, and runs `code`."""
-    lines = [code]
+def patched(folder: Path, constants: Mapping[str, object] | None = None, source: str = "") -> dict[str, str]:
+    """The environment in which a script's Python first runs `source`, then sets constants, by their full names."""
     for name, value in (constants or {}).items():
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant), name
-        lines.append(f"import {module}\n{name} = {value!r}")
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
+        source += f"\nimport {module}\n{name} = {value!r}"
+    (folder / "sitecustomize.py").write_text(source)
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
 def summary(stderr: str) -> str:
     """The last line that counts what a run did."""
-    return [line for line in stderr.splitlines() if re.search(r"\d new.* in [\d.]+ s", line)][-1]
+    lines = [line for line in stderr.splitlines() if re.search(r"\d new.* in [\d.]+ s", line)]
+    assert lines, f"no summary: {stderr}"
+    return lines[-1]
 
 
 def counts(stderr: str) -> dict[str, int]:
     """The summary's counts that are not 0; `known` are those with a known embedding."""
     kinds = "new|updated|unchanged|deleted|unreadable|with a known embedding"
     found = re.findall(rf"([\d,]+) ({kinds})", summary(stderr).partition(" in ")[0])
-    numbers = {kind: int(number.replace(",", "")) for number, kind in found}
-    known = numbers.pop("with a known embedding", 0)
-    return {kind: number for kind, number in {**numbers, "known": known}.items() if number}
+    numbers = {kind.replace("with a known embedding", "known"): int(text.replace(",", "")) for text, kind in found}
+    return {kind: number for kind, number in numbers.items() if number}
 
 
 def skipped(stderr: str) -> list[str]:
@@ -294,16 +274,15 @@ def skipped(stderr: str) -> list[str]:
     return sorted(summary(stderr).partition("; skipped: ")[2].split(", "))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits, at most as long as a test may take."""
     while not condition():
-        assert time.monotonic() < deadline, f"{condition} after {seconds} seconds"
         time.sleep(0.02)
 
 
-def end(process: "subprocess.Popen[str]", seconds: float = RUN_SECONDS) -> tuple[int, str]:
+def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Waits for a script; its exit code and stderr."""
-    _, stderr = process.communicate(timeout=seconds)
+    _, stderr = process.communicate()
     assert "Traceback" not in stderr, stderr
     return process.returncode, stderr
 

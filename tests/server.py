@@ -39,7 +39,6 @@ RELEASE, RELEASE_9 = "8.19.9", "9.2.0"  # of Elasticsearch
 PASSWORD = "p@ss/w:rd 100%"  # which a URL must percent-encode
 # What `elasticsearch-users useradd` writes for it, in seconds.
 PASSWORD_HASH = "$2a$04$jJTi4aKk/.IOojO2doyRseHqMWqakc.Oohcxt0HE6KC0YRUZqF1rO"
-START_SECONDS = 120
 # Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
 SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]
 ENVIRONMENT = os.environ | {"CLI_JAVA_OPTS": " ".join(["-Xms64m", "-Xmx64m", *SHORT_LIVED])}
@@ -63,31 +62,20 @@ def java_home(at_least: int) -> Path:
     on_path = shutil.which("java")
     homes = [Path(on_path).resolve().parent.parent] if on_path else []
     homes += [*Path("/usr/lib/jvm").glob("*"), *Path("/Library/Java/JavaVirtualMachines").glob("*/Contents/Home")]
-    versions = []
-    for home in homes:
-        release = home / "release"
+    fitting = []
+    for release in (home / "release" for home in homes if (home / "bin" / "java").exists()):
         found = re.search(r'JAVA_VERSION="(\d+)', release.read_text()) if release.exists() else None
-        if found and (home / "bin" / "java").exists():
-            versions.append((int(found[1]), home))
-    fitting = [pair for pair in versions if pair[0] >= at_least]
+        if found and int(found[1]) >= at_least:
+            fitting.append((int(found[1]), release.parent))
     if not fitting:
         raise UnavailableError(f"no JDK {at_least} or newer (Debian: apt-get install openjdk-{at_least}-jdk-headless)")
     return min(fitting)[1]
 
 
-def newest_release() -> str:
-    """The newest Elasticsearch of the tests that a JDK here runs."""
-    try:
-        java_home(21)
-    except UnavailableError:
-        return RELEASE
-    return RELEASE_9
-
-
-def artifact(coordinates: str, path: Path) -> Path:
-    """Returns `path`, an artifact of Maven Central that is fetched once with Maven, by one process at a time."""
-    maven = shutil.which("mvn")
-    with (BUILD / "maven.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def artifact(coordinates: str, name: str) -> Path:
+    """Returns the path of an artifact of Maven Central, fetched once with Maven, by one process at a time."""
+    path, maven = BUILD / name, shutil.which("mvn")
+    with (BUILD / "maven.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=BUILD) as folder:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path
@@ -98,8 +86,7 @@ def artifact(coordinates: str, path: Path) -> Path:
         if done.returncode:
             raise UnavailableError(f"Maven could not fetch {coordinates}: {done.stdout[-500:]}")
         (fetched,) = Path(folder).iterdir()
-        fetched.rename(path)
-    return path
+        return fetched.rename(path)
 
 
 def free_port() -> int:
@@ -108,21 +95,18 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Process:
+class Server:
     """A server's process, which ends with the tests. A context manager: it starts, stops and cleans up."""
+
+    command: list[str]
+    environment: dict[str, str]
+    """The variables with which the scripts find it."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="imagesearch-test-"))
         self.port = free_port()
         self.process: subprocess.Popen[Any] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables with which the scripts find it."""
-        raise NotImplementedError
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
+        self.options: dict[str, Any] = {"env": ENVIRONMENT | {"LC_ALL": "C.UTF-8"}}  # of `subprocess.Popen`
 
     def is_up(self) -> bool:
         """Returns True if the server answers."""
@@ -136,16 +120,14 @@ class Process:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, **options: Any) -> None:
+    def start(self) -> None:
         """Starts it, with the data it has, and waits until it answers."""
         with (self.folder / "output").open("ab") as output:
-            options = {"env": ENVIRONMENT | {"LC_ALL": "C.UTF-8"}} | options
-            options |= {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "cwd": self.folder}
-            command = ["sh", "-c", WATCHDOG, "sh", *self.command()]
-            self.process = process = subprocess.Popen(command, start_new_session=True, **options)
-        deadline = time.monotonic() + START_SECONDS
+            files: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "cwd": self.folder}
+            command = ["sh", "-c", WATCHDOG, "sh", *self.command]
+            self.process = process = subprocess.Popen(command, start_new_session=True, **files, **self.options)
         while not self.is_up():
-            if time.monotonic() > deadline or process.poll() is not None:
+            if process.poll() is not None:
                 raise RuntimeError("A server did not start:\n" + (self.folder / "output").read_text()[-3000:])
             time.sleep(0.2)
 
@@ -156,12 +138,12 @@ class Process:
             self.process.wait()
             self.process = None
 
-    def signal(self, number: int) -> None:
+    def signal(self, number: signal.Signals) -> None:
         assert self.process
         os.killpg(self.process.pid, number)
 
 
-class Elasticsearch(Process):
+class Elasticsearch(Server):
     """One node. `settings` are Elasticsearch's own, with ``__`` for each dot of their names."""
 
     def __init__(
@@ -171,68 +153,53 @@ class Elasticsearch(Process):
         **settings: object,
     ) -> None:
         super().__init__()
-        self.release, self.java_options = release, java_options
-        self.settings = {name.replace("__", "."): value for name, value in settings.items()}
-        self.java = java_home(21 if release.startswith("9") else 17)
-        group = "org.elasticsearch.distribution.integ-test-zip"
-        zipped = artifact(f"{group}:elasticsearch:{release}:zip", BUILD / f"elasticsearch-{release}.zip")
-        with zipfile.ZipFile(zipped) as archive:
+        self.release = release
+        java = java_home(21 if release.startswith("9") else 17)
+        coordinates = f"org.elasticsearch.distribution.integ-test-zip:elasticsearch:{release}:zip"
+        with zipfile.ZipFile(artifact(coordinates, f"elasticsearch-{release}.zip")) as archive:
             archive.extractall(self.folder)
-        self.home = self.folder / f"elasticsearch-{release}"
-        for program in [*self.home.glob("bin/*"), *self.home.glob("modules/*/platform/*/bin/*")]:
+        home = self.folder / f"elasticsearch-{release}"
+        for program in [*home.glob("bin/*"), *home.glob("modules/*/platform/*/bin/*")]:
             program.chmod(0o755)
-        self._configure()
+        (self.folder / "tmp").mkdir()
+        variables = {"ES_JAVA_HOME": str(java), "ES_JAVA_OPTS": " ".join(java_options)}
+        self.options = {"env": ENVIRONMENT | variables | {"ES_TMPDIR": str(self.folder / "tmp")}}
+        self._configure(home / "config", settings)
+        self.command = [str(home / "bin" / "elasticsearch")]
+        url = f"https://admin:{quote(PASSWORD, safe='')}@localhost:{self.port}"
+        self.environment = {"ES_URL": url, "ES_CA_CERT": str(home / "config" / "ca.pem")}
+        if os.geteuid() == 0:  # Elasticsearch refuses to run as root
+            self.options |= {"user": "nobody", "extra_groups": []}
+            self.folder.chmod(0o755)
+            for path in [self.folder, *self.folder.rglob("*")]:
+                shutil.chown(path, "nobody")
 
-    def _configure(self) -> None:
-        """Writes its certificate and its users, the administrator and one for each role."""
-        config, authority = self.home / "config", CA()
+    def _configure(self, config: Path, more: dict[str, object]) -> None:
+        """Writes its settings, its certificate and its users, the administrator and one for each role."""
+        authority = CA()
         authority.write(config / "ca.pem")
         authority.issue(config, "localhost", "127.0.0.1")
         users = {"admin": "superuser"} | {role: role for role in ROLES}
         (config / "users").write_text("".join(f"{user}:{PASSWORD_HASH}\n" for user in users))
         (config / "users_roles").write_text("".join(f"{role}:{user}\n" for user, role in users.items()))
-        with (config / "roles.yml").open("a") as file:
-            for role, privileges in ROLES.items():
-                file.write(f"\n{role}:\n  indices:\n    - names: ['*']\n      privileges: {privileges}\n")
-        (self.folder / "tmp").mkdir()
-        if os.geteuid() == 0:  # Elasticsearch refuses to run as root
-            self.folder.chmod(0o755)
-            for path in [self.folder, *self.folder.rglob("*")]:
-                shutil.chown(path, "nobody")
-
-    def command(self) -> list[str]:
-        settings: dict[str, object] = {
-            "path.data": self.folder / "data",
-            "path.logs": self.folder / "logs",
+        roles = [f"{role}:\n  indices: [{{names: ['*'], privileges: {ROLES[role]}}}]\n" for role in ROLES]
+        (config / "roles.yml").write_text("".join(roles))
+        settings = {
+            "path.data": str(self.folder / "data"),
+            "path.logs": str(self.folder / "logs"),
             "network.host": "127.0.0.1",
             "http.port": self.port,
             "transport.port": free_port(),
             "discovery.type": "single-node",
-            "cluster.routing.allocation.disk.threshold_enabled": "false",  # the disk may be nearly full here
-            "xpack.security.enabled": "true",
-            **self.settings,
-            "xpack.security.authc.api_key.enabled": "true",
+            "cluster.routing.allocation.disk.threshold_enabled": False,  # the disk may be nearly full here
+            "xpack.security.enabled": True,
+            "xpack.security.authc.api_key.enabled": True,
         }
         for layer in ("http", "transport"):
-            settings |= {
-                f"xpack.security.{layer}.ssl.enabled": "true",
-                f"xpack.security.{layer}.ssl.key": "key.pem",
-                f"xpack.security.{layer}.ssl.certificate": "node.pem",
-                f"xpack.security.{layer}.ssl.certificate_authorities": "ca.pem",
-            }
-        options = [part for name, value in settings.items() for part in ("-E", f"{name}={value}")]
-        return [str(self.home / "bin" / "elasticsearch"), *options]
-
-    def start(self, **_: Any) -> None:
-        java = {"ES_JAVA_HOME": str(self.java), "ES_JAVA_OPTS": " ".join(self.java_options)}
-        user: dict[str, Any] = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}
-        super().start(env=ENVIRONMENT | java | {"ES_TMPDIR": str(self.folder / "tmp")}, **user)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables with which the scripts find it, as its administrator."""
-        url = f"https://admin:{quote(PASSWORD, safe='')}@localhost:{self.port}"
-        return {"ES_URL": url, "ES_CA_CERT": str(self.home / "config" / "ca.pem")}
+            tls = {"enabled": True, "key": "key.pem", "certificate": "node.pem", "certificate_authorities": "ca.pem"}
+            settings[f"xpack.security.{layer}.ssl"] = tls
+        settings |= {name.replace("__", "."): value for name, value in more.items()}
+        (config / "elasticsearch.yml").write_text(json.dumps(settings))  # JSON is YAML
 
     def is_up(self) -> bool:
         try:
@@ -262,39 +229,30 @@ def request(environment: dict[str, str], method: str, path: str, body: Any = Non
     return answer.json()
 
 
-class S3(Process):
+class S3(Server):
     """A real S3 server with signatures: S3Proxy, from Maven Central. It keeps objects in memory, under any key."""
-
-    IDENTITY, CREDENTIAL = "local-identity", "local-SECRET"
 
     def __init__(self) -> None:
         super().__init__()
-        self.java = java_home(17)
-        self.jar = artifact("org.gaul:s3proxy:2.6.0:jar:jar-with-dependencies", BUILD / "s3proxy-2.6.0.jar")
+        jar = artifact("org.gaul:s3proxy:2.6.0:jar:jar-with-dependencies", "s3proxy-2.6.0.jar")
+        java = [str(java_home(17) / "bin" / "java"), *SHORT_LIVED, "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
+        self.command = [*java, "-jar", str(jar), "--properties", str(self.folder / "properties")]
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "local-identity",
+            "AWS_SECRET_ACCESS_KEY": "local-SECRET",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+        }
         properties = {
-            "s3proxy.endpoint": f"http://127.0.0.1:{self.port}",
+            "s3proxy.endpoint": self.environment["AWS_ENDPOINT_URL"],
             "s3proxy.authorization": "aws-v2-or-v4",
-            "s3proxy.identity": self.IDENTITY,
-            "s3proxy.credential": self.CREDENTIAL,
+            "s3proxy.identity": self.environment["AWS_ACCESS_KEY_ID"],
+            "s3proxy.credential": self.environment["AWS_SECRET_ACCESS_KEY"],
             "jclouds.provider": "transient",
             "jclouds.identity": "any",
             "jclouds.credential": "any",
         }
         (self.folder / "properties").write_text("\n".join(f"{name}={value}" for name, value in properties.items()))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables with which obstore, and so the scripts, find it."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.IDENTITY,
-            "AWS_SECRET_ACCESS_KEY": self.CREDENTIAL,
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-        }
-
-    def command(self) -> list[str]:
-        java = [str(self.java / "bin" / "java"), *SHORT_LIVED, "-Dfile.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8"]
-        return [*java, "-jar", str(self.jar), "--properties", str(self.folder / "properties")]
 
     def is_up(self) -> bool:
         try:

@@ -26,25 +26,25 @@ class TcpProxy:
 
     def start(self) -> None:
         """Listens, after an outage on the same port as before."""
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
-        self.port = self._listener.getsockname()[1]
-        self._connections: list[socket.socket] = []
-        self._thread = threading.Thread(target=self._accept, daemon=True)
+        listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self.port = listener.getsockname()[1]
+        self._sockets = [listener]
+        self._thread = threading.Thread(target=self._accept, args=[listener], daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Ends all connections and refuses new ones, as if the server was killed."""
-        _end(self._listener)
+        _end(self._sockets[0])
         self._thread.join()
-        for connection in self._connections:
+        for connection in self._sockets:
             _end(connection)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the proxy is stopped
             while True:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._server_port))
-                self._connections += [client, server]
+                self._sockets += [client, server]
                 for pair in ((client, server, 0), (server, client, self._delay_seconds)):
                     threading.Thread(target=_pass_on, args=pair, daemon=True).start()
 

@@ -1,10 +1,8 @@
 """create.py as a user runs it, on the local file and on a real Elasticsearch over TLS."""
 
-import contextlib
 import os
 import re
 import shutil
-import sqlite3
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 
 from imagesearch.parallel import available_cpus
 from tests.pictures import Picture, Pictures, averaging_model, image
-from tests.running import Scripts, counts, patched, skipped
+from tests.running import Scripts, counts, end, patched, skipped
 from tests.server import ROOT
 
 pytestmark = pytest.mark.slow
@@ -35,7 +33,7 @@ def model_calls(scripts: Scripts) -> Path:
     """A file that has a byte for each call of the model by create.py in a new Python."""
     path = scripts.folder / "calls"
     path.touch()
-    scripts.environment |= patched(scripts.folder, code=COUNTING.format(path=str(path)))
+    scripts.environment |= patched(scripts.folder, source=COUNTING.format(path=str(path)))
     return path
 
 
@@ -97,12 +95,12 @@ def test_hidden_and_other_files_are_skipped_and_counted_by_kind(scripts: Scripts
 def test_unreadable_images_are_named_and_the_rest_goes_on(scripts: Scripts, bird_images: list[Path]) -> None:
     for path in bird_images[:25]:
         path.write_bytes(b"no image")
-    stderr = scripts.create(code=1)
+    stderr = scripts.create(exits=1)
     assert counts(stderr) == {"new": 6, "unreadable": 25}
     assert "Cannot read ./images/Bald_Eagle/0.png: not an image that Pillow can read\n" in stderr
     named = re.findall(r"Cannot read (\S+):", stderr)  # all of them: stderr is no terminal
     assert sorted(named) == sorted(f"./{path.relative_to(scripts.folder)}" for path in bird_images[:25])
-    assert named == re.findall(r"Cannot read (\S+):", scripts.create(code=1))  # in the listing's order, each time
+    assert named == re.findall(r"Cannot read (\S+):", scripts.create(exits=1))  # in the listing's order, each time
     assert "Fix or move them, or leave them: the others are indexed." in stderr
 
 
@@ -110,13 +108,13 @@ def test_an_index_of_another_model_is_refused_and_left_alone(scripts: Scripts, b
     scripts.create()
     model = averaging_model(scripts.folder / "model.onnx")
     (scripts.folder / "images" / "new.png").write_bytes(bird_images[0].read_bytes())
-    stderr = scripts.create("--model", model, code=2)
+    stderr = scripts.create("--model", model, exits=2)
     assert "made with --model thumbnail" in stderr and "--index" in stderr
     assert counts(scripts.create()) == {"new": 1, "known": 1, "unchanged": 31}
 
 
 def test_without_model_create_uses_that_of_the_index(scripts: Scripts, picture: Picture) -> None:
-    """And does not try to download CLIP first."""
+    """And does not try to download CLIP first. A file is known by its content; where it is now is recorded."""
     picture("images/a.png")
     model = averaging_model(scripts.folder / "model.onnx")
     scripts.create("--model", model)
@@ -125,28 +123,32 @@ def test_without_model_create_uses_that_of_the_index(scripts: Scripts, picture: 
     model.rename(scripts.folder / "moved.onnx")
     done = scripts.shell(f"{sys.executable} {ROOT}/create.py --index {scripts.index}")
     assert done.returncode == 2 and "use --model FILE to say where it is now" in done.stderr
-    assert counts(scripts.create("--model", "moved.onnx")) == {"unchanged": 1}  # a file is known by its content
+    assert counts(scripts.create("--model", "moved.onnx")) == {"unchanged": 1}
+    assert scripts.hits(picture("new.png"))[0]["fields"]["file_path"] == ["./images/a.png"]
 
 
 def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, bird_images: list[Path]) -> None:
-    stderr = scripts.create("--model", "clip", code=1)
+    stderr = scripts.create("--model", "clip", exits=1)
     assert stderr.splitlines()[-1].startswith("create.py: CLIP could not be downloaded")
     assert "--model FILE" in stderr and "--model thumbnail" in stderr
     assert scripts.count() == 0
 
 
-def test_a_line_says_which_index_and_model_are_used(scripts: Scripts, bird_images: list[Path]) -> None:
+def test_a_run_says_which_index_and_model_are_used_and_what_it_did(scripts: Scripts, picture: Picture) -> None:
+    """In two lines, without a terminal; without a rate, if there is little to do."""
+    picture("images/a.png")
     where = r"https://localhost:\d+" if scripts.on_elasticsearch else rf"{scripts.index}\.db"
-    line = rf"Index {scripts.index} in {where}, made with the model thumbnail \(a baseline, not CLIP\)\.\n"
-    assert re.match(line, scripts.create())
-    assert re.match(line, scripts.create())
+    first = rf"Index {scripts.index} in {where}, made with the model thumbnail \(a baseline, not CLIP\)\.\n"
+    for number in ("1 new", "0 new, 1 unchanged"):
+        last = rf"{number} in \d\.\d s; index {scripts.index}, the model thumbnail.*\n"
+        assert re.fullmatch(first + last, scripts.create())
 
 
 def test_no_images_is_reported_in_one_line(scripts: Scripts) -> None:
-    assert "./images: No such file or directory. Put your images there" in scripts.create(code=2)
+    assert "./images: No such file or directory. Put your images there" in scripts.create(exits=2)
     (scripts.folder / "images").mkdir()
     (scripts.folder / "images" / "notes.txt").write_text("no image")
-    assert scripts.create(code=2).startswith("create.py: There are no images below ./images.")
+    assert scripts.create(exits=2).startswith("create.py: There are no images below ./images.")
     assert scripts.count() == 0 and not scripts.database.exists()
 
 
@@ -168,11 +170,16 @@ def test_names_and_classes_are_whole_whatever_they_hold(scripts: Scripts) -> Non
         assert hit["_score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictures: Pictures) -> None:
+def test_a_project_that_was_moved_or_copied_keeps_its_names(scripts: Scripts, pictures: Pictures) -> None:
+    """Those of a local index belong to the folder of its file, though the first project is still there."""
+    home = scripts.home
     pictures(6, folder="project/images")
-    home = scripts.folder
     scripts.folder = scripts.home = home / "project"
     scripts.create()
+    if not scripts.on_elasticsearch:
+        scripts.folder = scripts.home = Path(shutil.copytree(home / "project", home / "copy"))
+        (scripts.folder / "images" / "0.png").unlink()
+        assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
     scripts.folder = scripts.home = (home / "project").rename(home / "moved")
     (scripts.folder / "images" / "0.png").unlink()
     assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
@@ -180,26 +187,13 @@ def test_a_project_folder_that_was_moved_keeps_its_names(scripts: Scripts, pictu
     assert (scripts.folder / "page.html").read_text().count('role="img"') == 6
 
 
-def test_a_project_that_is_copied_is_complete(scripts_on_file: Scripts, pictures: Pictures) -> None:
-    """The names of a local index belong to the folder of its file, though the first project is still there."""
-    scripts, home = scripts_on_file, scripts_on_file.folder
-    pictures(6, folder="project/images")
-    scripts.folder = home / "project"
-    scripts.create()
-    scripts.folder = Path(shutil.copytree(home / "project", home / "copy"))
-    (scripts.folder / "images" / "0.png").unlink()
-    assert counts(scripts.create("--prune")) == {"unchanged": 5, "deleted": 1}
-
-
 def test_an_older_index_is_used_unless_its_names_would_be_wrong(scripts_on_file: Scripts, picture: Picture) -> None:
     """It recorded the working directory, and may be elsewhere itself."""
     scripts = scripts_on_file
     picture("images/a.png")
     scripts.create()
-    with contextlib.closing(sqlite3.connect(scripts.database)) as database:
-        database.execute("PRAGMA user_version = 3")
-        database.execute("UPDATE metadata SET record = json_set(record, '$.folder', ?)", [str(scripts.folder)])
-        database.commit()
+    folder = f"UPDATE metadata SET record = json_set(record, '$.folder', '{scripts.folder}')"
+    scripts.change(f"PRAGMA user_version = 3; {folder}")
     assert counts(scripts.create()) == {"unchanged": 1}
     (scripts.folder / "elsewhere").mkdir()
     moved = scripts.database.rename(scripts.folder / "elsewhere" / "moved.db")
@@ -224,21 +218,10 @@ def test_a_linked_folder_has_one_name(
     assert all(line["hits"]["max_score"] < 0.999 for line in lines)
 
 
-def test_a_model_that_was_moved_is_recorded(scripts: Scripts, picture: Picture) -> None:
-    path = picture("images/a.png")
-    scripts.model = str(averaging_model(scripts.folder / "model.onnx"))
-    scripts.create()
-    scripts.model = str(Path(scripts.model).rename(scripts.folder / "moved.onnx"))
-    scripts.create()
-    Image.new("RGB", (9, 9), "red").save(scripts.folder / "new.png")
-    assert scripts.hits("new.png")[0]["fields"]["file_path"] == [f"./{path.relative_to(scripts.folder)}"]
-
-
 def test_an_index_is_used_from_another_folder(scripts: Scripts, picture: Picture) -> None:
     """Relative paths stay relative to the folder that the index was made in."""
     picture("images/a.png")
     picture("elsewhere/images/b.png", seed=5)
-    scripts.home = scripts.folder
     scripts.create()
     scripts.folder /= "elsewhere"
     assert counts(scripts.create()) == {"new": 1}  # under its own name
@@ -269,21 +252,14 @@ def test_a_local_index_is_one_file(scripts_on_file: Scripts, bird_images: list[P
     assert len(scripts.hits(bird_images[0], "-k", 99, "--index", "birds")) == 10
 
 
-def test_parts_are_disjoint_and_together_all(scripts: Scripts, pictures: Pictures) -> None:
+def test_parts_at_once_are_disjoint_and_together_all(scripts: Scripts, pictures: Pictures) -> None:
     pictures(60, classes=3)
-    new = [counts(scripts.create("--part", f"{part}/4"))["new"] for part in (3, 1, 4, 2)]
-    assert sum(new) == 60  # each image was new to one part only
-    assert min(new) >= 5
-    assert counts(scripts.create("--part", "2/4")) == {"unchanged": new[3]}
-    assert counts(scripts.create()) == {"unchanged": 60}
-
-
-def test_parts_at_once_share_the_work(scripts: Scripts, pictures: Pictures) -> None:
-    pictures(60, classes=3)
-    processes = [scripts.start("create.py", "--part", f"{part}/3") for part in (1, 2, 3)]
-    ends = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], ends
-    assert sum(counts(stderr)["new"] for stderr in ends) == 60
+    processes = [scripts.start("create.py", "--part", f"{part}/4") for part in (1, 2, 3, 4)]
+    ends = [end(process) for process in processes]
+    assert [code for code, _ in ends] == [0, 0, 0, 0], ends
+    new = [counts(stderr)["new"] for _, stderr in ends]
+    assert sum(new) == 60 and min(new) >= 5  # each image was new to one part only
+    assert counts(scripts.create("--part", "2/4")) == {"unchanged": new[1]}
     assert counts(scripts.create()) == {"unchanged": 60}
 
 

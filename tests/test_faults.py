@@ -17,18 +17,8 @@ from werkzeug import Request, Response
 
 from imagesearch.errors import ImageSearchError
 from imagesearch.index import sqlite
-from tests.conftest import MANY
 from tests.pictures import Picture, Pictures, averaging_model
-from tests.running import (
-    FEWER_RETRIES,
-    Scripts,
-    counts,
-    end,
-    environment,
-    patched,
-    read_until,
-    wait_until,
-)
+from tests.running import FEWER_RETRIES, MANY, Scripts, counts, end, environment, patched, read_until, wait_until
 from tests.server import ROOT, Elasticsearch, send
 from tests.tcp_proxy import TcpProxy
 
@@ -38,7 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def scripts_to_kill(elasticsearch_to_kill: Elasticsearch, many_images: Path, tmp_path: Path) -> Scripts:
     """The scripts on many images and on an Elasticsearch of their own."""
-    return Scripts(many_images, environment(tmp_path) | elasticsearch_to_kill.environment, home=tmp_path)
+    return Scripts(tmp_path, environment(tmp_path) | elasticsearch_to_kill.environment).move_to(many_images)
 
 
 # The server
@@ -84,18 +74,26 @@ def test_documents_that_are_rejected_for_now_are_sent_again(scripts_to_kill: Scr
     assert scripts_to_kill.count() == MANY // 4
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
 def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
-    many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy
+    is_interrupted: bool, many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy
 ) -> None:
-    """After two minutes; here after the first retries."""
+    """After two minutes, here after the first retries; at once by Ctrl-C."""
     scripts = many_on_elasticsearch
-    process = scripts.start_paused(code=FEWER_RETRIES, **scripts.behind(tcp_proxy.port))
+    source = "" if is_interrupted else FEWER_RETRIES
+    process = scripts.start_paused(source=source, **scripts.behind(tcp_proxy.port))
     tcp_proxy.stop()
     scripts.go_on()
+    if is_interrupted:
+        read_until(process, "Retrying")
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
     code, stderr = end(process)
-    assert code == 1
-    assert re.search(r"create.py: No answer from https://localhost:\d+ \(.+\)\.", stderr), stderr
-    assert stderr.count("create.py:") == 1
+    if is_interrupted:
+        assert code == 130 and time.monotonic() - started < 5
+    else:
+        assert code == 1 and stderr.count("create.py:") == 1
+        assert re.search(r"create.py: No answer from https://localhost:\d+ \(.+\)\.", stderr), stderr
     written, before = counts(stderr)["new"], scripts.count()
     assert 0 < written <= before < MANY  # the last bulk may have arrived without its answer
     assert counts(scripts.create()) == {"new": MANY - before, "unchanged": before}
@@ -163,34 +161,29 @@ def test_an_overloaded_server_is_given_up_after_one_round_of_retries(
     scripts = scripts_on_elasticsearch
     picture("images/a.png")
     behind_failing_proxy(web, scripts, "_bulk", times=100, status=429)
-    stderr = scripts.create(code=1, new_python=True, **patched(scripts.folder, code=FEWER_RETRIES))
+    stderr = scripts.create(exits=1, new_python=True, **patched(scripts.folder, source=FEWER_RETRIES))
     assert "Retrying a request to Elasticsearch: HTTP 429" in stderr and "answered HTTP 429)" in stderr
     assert sum(request.path.endswith("_bulk") for request, _ in web.log) == 3
 
 
-@pytest.mark.parametrize("block", ["read_only_allow_delete", "write"])
 def test_a_blocked_index_is_reported_with_what_to_do(
-    block: str, scripts_on_elasticsearch: Scripts, picture: Picture
+    scripts_on_elasticsearch: Scripts, pictures: Pictures, picture: Picture
 ) -> None:
-    """As Elasticsearch blocks it when the disk is full."""
-    scripts = scripts_on_elasticsearch
-    gone = picture("images/gone.png", seed=7)
-    picture("images/a.png")
+    """As Elasticsearch blocks it when the disk is full; or as its owner does, whose block forbids deletions too."""
+    scripts, (gone, _) = scripts_on_elasticsearch, pictures(2)
     scripts.create()
-    scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": True})
-    new = picture("images/b.png")
-    started = time.monotonic()
-    stderr = scripts.create(code=1)
-    assert time.monotonic() - started < 20  # not two minutes, in which there may be room again
-    assert counts(stderr) == {"unchanged": 2} and stderr.count("create.py:") == 1
-    assert "cluster_block_exception" in stderr and "remove the index's block" in stderr
-    if block == "write":
-        gone.unlink()
-        new.unlink()
-        stderr = scripts.create("--prune", code=1)
-        assert counts(stderr) == {"unchanged": 1} and "cluster_block_exception" in stderr
-    scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": None})
-    scripts.create("--prune")
+    new = picture("images/new.png")
+    for block, arguments, unchanged in (("read_only_allow_delete", [], 2), ("write", ["--prune"], 1)):
+        scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": True})
+        started = time.monotonic()
+        stderr = scripts.create(*arguments, exits=1)
+        assert time.monotonic() - started < 20  # not two minutes, in which there may be room again
+        assert counts(stderr) == {"unchanged": unchanged} and stderr.count("create.py:") == 1
+        assert "cluster_block_exception" in stderr and "remove the index's block" in stderr
+        scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": None})
+        new.unlink(missing_ok=True)  # what is left to do is a deletion
+        gone.unlink(missing_ok=True)
+    assert counts(scripts.create("--prune")) == {"unchanged": 1, "deleted": 1}
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
@@ -210,45 +203,24 @@ def test_an_index_that_is_deleted_or_replaced_during_a_run_ends_it(
     assert re.search(rf"create.py: The index {scripts.index} was deleted during the run\. .* delete that one", stderr)
     if not is_replaced:
         if scripts.request("GET", f"{scripts.index}?ignore_unavailable=true"):
-            assert "no record of its model" in scripts.create(code=2)  # the guessed one is never used
+            assert "no record of its model" in scripts.create(exits=2)  # the guessed one is never used
             scripts.request("DELETE", scripts.index)
         assert counts(scripts.create()) == {"new": MANY}
-
-
-def test_a_run_keeps_to_the_index_that_its_alias_pointed_to(many_on_elasticsearch: Scripts, picture: Picture) -> None:
-    scripts = many_on_elasticsearch
-    picture("images/a.png")
-    alias, indices = scripts.index, [f"{scripts.index}-{number}" for number in (1, 2)]
-    many, scripts.folder = scripts.folder, scripts.pause_file.parent
-    for scripts.index in indices:
-        scripts.create()
-    switch = [{"add": {"index": indices[0], "alias": alias}}]
-    scripts.request("POST", "_aliases", {"actions": switch})
-    scripts.folder, scripts.index = many, alias
-    process = scripts.start_paused()
-    switch = [{"remove": {"index": indices[0], "alias": alias}}, {"add": {"index": indices[1], "alias": alias}}]
-    scripts.request("POST", "_aliases", {"actions": switch})
-    scripts.go_on()
-    code, stderr = end(process)
-    assert code == 0, stderr
-    for scripts.index, number in zip(indices, (1 + MANY, 1), strict=True):
-        assert scripts.count() == number
-        scripts.request("DELETE", scripts.index)
 
 
 def test_connections_that_end_do_not_end_a_search(many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy) -> None:
     """As load balancers do with those that were idle; or all at once, as here."""
     scripts = many_on_elasticsearch
-    scripts.create()
-    process = scripts.start("search.py", "images", **scripts.behind(tcp_proxy.port))
+    scripts.create("--images", "images/1")
+    process = scripts.start("search.py", "images/1", **scripts.behind(tcp_proxy.port))
     assert process.stdout
-    lines = [process.stdout.readline() for _ in range(100)]
+    lines = [process.stdout.readline() for _ in range(50)]
     tcp_proxy.stop()
     tcp_proxy.start()
     lines += process.stdout.readlines()  # not communicate, which does not see what was read ahead
     code, stderr = end(process)
     assert code == 0, stderr
-    assert len(lines) == MANY
+    assert len(lines) == MANY // 4
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -299,26 +271,12 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     assert again["new"] + again["unchanged"] == many.count() == MANY
 
 
-def test_ctrl_c_ends_a_run_at_once_while_it_waits(many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy) -> None:
-    scripts = many_on_elasticsearch
-    process = scripts.start_paused(**scripts.behind(tcp_proxy.port))
-    tcp_proxy.stop()
-    scripts.go_on()
-    read_until(process, "Retrying")
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    code, stderr = end(process)
-    assert code == 130, stderr
-    assert time.monotonic() - started < 5
-    assert 0 < counts(stderr)["new"] < MANY
-
-
 @pytest.mark.parametrize("arguments", [("create.py",), ("search.py", "images/1")])
 def test_ctrl_c_at_any_moment_ends_without_a_traceback(arguments: tuple[str, ...], many_on_file: Scripts) -> None:
     """From the first import on; what comes before is Python's own."""
     many_on_file.create("--images", "images/1")
-    started = many_on_file.pause_file
-    environment = patched(started.parent, code=f"import imagesearch.start\nopen({str(started)!r}, 'w').close()")
+    started = many_on_file.home / "started"
+    environment = patched(many_on_file.home, source=f"import imagesearch.start\nopen({str(started)!r}, 'w').close()")
     chance, codes = random.Random(7), set[int]()
     for _ in range(10):
         started.unlink(missing_ok=True)
@@ -391,16 +349,10 @@ def test_what_is_not_an_index_is_refused_and_left_alone(
     if isinstance(content, bytes):
         scripts_on_file.database.write_bytes(content)
     else:
-        run_sql(scripts_on_file, content)
+        scripts_on_file.change(content)
     before = scripts_on_file.database.read_bytes()
     assert line in scripts_on_file.fail(2)
     assert scripts_on_file.database.read_bytes() == before
-
-
-def run_sql(scripts: Scripts, statements: str) -> None:
-    """Changes the local index file behind the scripts' back."""
-    with contextlib.closing(sqlite3.connect(scripts.database)) as database:
-        database.executescript(statements)
 
 
 @pytest.mark.parametrize(
@@ -410,28 +362,23 @@ def run_sql(scripts: Scripts, statements: str) -> None:
         "UPDATE images SET file_path = CAST(x'2e2fff' AS TEXT)",
         "UPDATE metadata SET record = '{'",
         "ALTER TABLE images RENAME TO real_images; CREATE VIEW images AS SELECT rowid, * FROM real_images",
+        *(pytest.param(part, id=f"1/{part} of it") for part in (2, 3, 10)),
     ],
 )
-def test_a_damaged_or_hostile_index_is_reported_in_one_line(
-    damage: str, scripts_on_file: Scripts, pictures: Pictures
+def test_a_damaged_truncated_or_hostile_index_is_reported_in_one_line(
+    damage: str | int, scripts_on_file: Scripts, pictures: Pictures
 ) -> None:
-    pictures(3)
+    pictures(100)
     scripts_on_file.create()
-    run_sql(scripts_on_file, damage)
+    if isinstance(damage, str):
+        scripts_on_file.change(damage)
+    else:
+        content = scripts_on_file.database.read_bytes()
+        scripts_on_file.database.write_bytes(content[: len(content) // damage])
     for query in ("images/1.png", "images"):
         done = scripts_on_file.run("search.py", query)
         assert done.returncode in (1, 2) and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         assert scripts_on_file.database.name in done.stderr
-
-
-def test_a_truncated_index_is_reported_in_one_line(scripts_on_file: Scripts, pictures: Pictures) -> None:
-    pictures(100)
-    scripts_on_file.create()
-    content = scripts_on_file.database.read_bytes()
-    for part in (2, 3, 10):
-        scripts_on_file.database.write_bytes(content[: len(content) // part])
-        done = scripts_on_file.run("search.py", "images/1.png")
-        assert done.returncode == 2 and DAMAGED in done.stderr
 
 
 def test_an_empty_file_becomes_an_index(scripts_on_file: Scripts, picture: Picture) -> None:

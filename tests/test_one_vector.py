@@ -98,7 +98,7 @@ clip.Clip.create_embedding = interrupting
 def test_an_interrupted_and_resumed_run_makes_the_same_vectors(
     scripts_on_pictures: Scripts, tmp_path: Path, expected: Expected
 ) -> None:
-    scripts_on_pictures.create(code=130, new_python=True, **patched(tmp_path, code=INTERRUPTING))
+    scripts_on_pictures.create(exits=130, new_python=True, **patched(tmp_path, source=INTERRUPTING))
     stored = scripts_on_pictures.count()
     assert 0 < stored < COUNT
     assert counts(scripts_on_pictures.create()) == {"new": COUNT - stored, "unchanged": stored}

@@ -39,8 +39,8 @@ def test_unreadable_files_are_not_among_documents_without_an_image(scripts: Scri
     six_images[0].unlink()
     six_images[1].write_bytes(b"damaged")
     (scripts.folder / "images" / "new.png").write_bytes(b"damaged")
-    assert "Documents without an image: 1; --prune" in scripts.create(code=1)
-    assert counts(scripts.create("--prune", code=1)) == {"unchanged": 4, "deleted": 1, "unreadable": 2}
+    assert "Documents without an image: 1; --prune" in scripts.create(exits=1)
+    assert counts(scripts.create("--prune", exits=1)) == {"unchanged": 4, "deleted": 1, "unreadable": 2}
     assert scripts.count() == 5  # the damaged one keeps its document
 
 
@@ -52,7 +52,7 @@ def test_what_an_unplugged_disk_holds_is_kept(scripts: Scripts, six_images: list
     assert counts(scripts.create())["new"] == 9
     disk.rename(scripts.folder / "unplugged")
     six_images[0].unlink()
-    stderr = scripts.create("--prune", code=1)
+    stderr = scripts.create("--prune", exits=1)
     assert "Cannot read ./images/usb: a link whose target is missing" in stderr
     assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 1}
     assert scripts.count() == 8
@@ -62,10 +62,10 @@ def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, six_image
     scripts.create()
     for path in six_images:
         path.unlink()
-    assert "There are no images below ./images" in scripts.create("--prune", code=2)
+    assert "There are no images below ./images" in scripts.create("--prune", exits=2)
     assert counts(scripts.create("--prune-all")) == {"deleted": 6}
     shutil.rmtree(scripts.folder / "images")
-    assert "No such file or directory" in scripts.create("--prune-all", code=2)  # an unmounted disk
+    assert "No such file or directory" in scripts.create("--prune-all", exits=2)  # an unmounted disk
 
 
 def test_more_documents_than_images_are_deleted_only_on_request(
@@ -77,7 +77,7 @@ def test_more_documents_than_images_are_deleted_only_on_request(
     for number in range(3):
         picture(f"images/{number}-new.png", seed=100 + number)
     for before in ({"new": 3}, {"unchanged": 3}):
-        stderr = scripts.create("--prune", code=2)
+        stderr = scripts.create("--prune", exits=2)
         assert counts(stderr) == before
         assert "--prune would delete 6 documents below ./images, more than the number of images there (3)" in stderr
         assert "Documents without" not in stderr
@@ -101,7 +101,6 @@ def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(scripts_on_file:
 def test_another_project_that_uses_the_same_file_prunes_nothing(
     scripts: Scripts, six_images: list[Path], picture: Picture
 ) -> None:
-    scripts.home = scripts.folder
     scripts.create()
     picture("other/images/new.png")
     scripts.folder /= "other"
@@ -128,6 +127,6 @@ def test_what_cannot_be_read_does_not_keep_the_rest(scripts: Scripts, six_images
     six_images[0].unlink()
     lost.parent.rename(scripts.folder / "elsewhere")
     (scripts.folder / "images" / "lost").symlink_to("/proc/1/task/0")
-    stderr = scripts.create("--prune", code=1)
+    stderr = scripts.create("--prune", exits=1)
     assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 1}
     assert "./images/lost/a.png" in scripts.paths()

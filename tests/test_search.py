@@ -84,7 +84,7 @@ def test_a_folder_is_a_query_for_each_image_below_it(scripts: Scripts, bird_imag
     (folder / "bad.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(bird_images[0].read_bytes())
-    scripts.create(code=1)
+    scripts.create(exits=1)
     done = scripts.run("search.py", "images/Osprey", "images/loose.jpg", "-k", 2, "--exclude-self")
     assert done.returncode == 1
     lines = {line["image"]: line for line in map(json.loads, done.stdout.splitlines())}
@@ -179,7 +179,7 @@ os._exit = list_modules_and_end
     image((40, 30), 999).save(scripts.folder / "new.png")
     modules = []
     for query in ("new.png", bird_images[0]):
-        scripts.search(query, new_python=True, **patched(scripts.folder, code=code))
+        scripts.search(query, new_python=True, **patched(scripts.folder, source=code))
         modules.append(set((scripts.folder / "modules").read_text().split()))
     for_new, for_indexed = modules
     never = {"transformers", "sklearn", "huggingface_hub", "elasticsearch", "onnx", "pi_heif", "jinja2"}
@@ -210,7 +210,7 @@ def test_vectors_of_another_preprocessing_are_refused(scripts: Scripts, bird_ima
     with scripts.open_index() as index:
         index.create(IndexMetadata(other, str(scripts.folder)))
     refused = "another version of create.py, whose embeddings differ"
-    assert refused in scripts.create(code=2) and refused in scripts.run("search.py", bird_images[0]).stderr
+    assert refused in scripts.create(exits=2) and refused in scripts.run("search.py", bird_images[0]).stderr
 
 
 def test_min_score_is_a_cutoff_by_the_printed_score(scripts: Scripts, pictures: Pictures) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from imagesearch.progress import KINDS_SHOWN, Progress
-from tests.conftest import MANY
-from tests.pictures import Picture, Pictures
-from tests.running import Scripts, end, patched
+from tests.pictures import Pictures
+from tests.running import MANY, Scripts, end, patched
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +68,6 @@ def test_without_a_terminal_there_is_a_line_now_and_then(scripts_on_file: Script
     assert "\n31 images done\n" in stderr
 
 
-def test_without_a_terminal_there_is_no_bar(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
-    assert scripts_on_file.create().count("\n") == 2  # the index, and the summary
-
-
 def test_kinds_beyond_the_first_ten_are_counted_together() -> None:
     progress = Progress()
     for number in range(KINDS_SHOWN + 50):
@@ -104,7 +99,7 @@ def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_imag
 
 def test_a_terminal_shows_how_many_searches_are_done(many_on_file: Scripts) -> None:
     many_on_file.create()
-    many_on_file.environment |= patched(many_on_file.pause_file.parent, {"imagesearch.progress.BAR_AFTER_SECONDS": 0})
+    many_on_file.environment |= patched(many_on_file.home, {"imagesearch.progress.BAR_AFTER_SECONDS": 0})
     code, shown = many_on_file.on_a_terminal("search.py", *["images"] * 3)
     assert code == 0 and re.search(rf"\d+/{3 * MANY} \[00:\d\d<", shown), shown[-300:]
 
@@ -153,8 +148,3 @@ def test_ctrl_c_is_ignored_where_it_was(many_on_file: Scripts) -> None:
     many_on_file.go_on()
     code, stderr = end(process)
     assert code == 0, stderr
-
-
-def test_the_summary_comes_without_a_rate(scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/a.png")
-    assert re.search(r"^1 new in \d\.\d s; index \S+, the model thumbnail", scripts_on_file.create(), re.MULTILINE)

@@ -1,7 +1,7 @@
 """How fast it is, in one table: writes build/benchmark.md, in some minutes.
 
 Each row compares with plain imgbeddings, as the tutorial uses it (tools/plain_imgbeddings.py), or with another part of
-the same run. The model is one of CLIP's exact shape and cost with random weights (tests/clip_model.py).
+the same run. The model is one of CLIP's exact shape and cost with random weights (tools/clip_model.py).
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from PIL import Image
 from imagesearch.index import open_index
 from imagesearch.index.connection import Connection
 from imagesearch.records import Search
-from tests.clip_model import build
 from tests.running import environment
 from tests.server import ROOT, S3, Bucket, Elasticsearch
 from tests.tcp_proxy import TcpProxy
+from tools.clip_model import build
 from tools.embeddings import clustered, nearest, recall
 from tools.neighbors import load_index, numbers
 

@@ -5,7 +5,7 @@
 
 With ES_URL, the index is `plain` on Elasticsearch; without it, create keeps nothing and search only embeds. Model and
 processor, with the tokenizer that `imgbeddings()` also loads each time, have CLIP's size and random weights
-(tests/clip_model.py).
+(tools/clip_model.py).
 """
 
 import hashlib
