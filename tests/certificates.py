@@ -5,8 +5,6 @@ there is no keyUsage (seen in us-south on 2026-10-08).
 """
 
 import datetime
-import ipaddress
-import re
 from pathlib import Path
 
 from cryptography import x509
@@ -49,16 +47,14 @@ class CA:
         path.write_bytes(self._certificate)
         return path
 
-    def issue(self, folder: Path, *hosts: str, expired: bool = False) -> tuple[Path, Path]:
-        """Writes a certificate for `hosts` and its key to `folder`; returns their paths."""
+    def issue(self, folder: Path, host: str, expired: bool = False) -> tuple[Path, Path]:
+        """Writes a certificate for `host` and its key to `folder`; returns their paths."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [
-            x509.IPAddress(ipaddress.ip_address(host)) if re.fullmatch(r"[\d.]+", host) else x509.DNSName(host)
-            for host in hosts
-        ]
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         until = NOW - DAY if expired else NOW + 5 * DAY
         certificate, key_path = folder / "node.pem", folder / "key.pem"
-        certificate.write_bytes(self._sign("node", key, until, [x509.SubjectAlternativeName(names), issuer]))
+        certificate.write_bytes(
+            self._sign("node", key, until, [x509.SubjectAlternativeName([x509.DNSName(host)]), issuer])
+        )
         key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return certificate, key_path

@@ -1,36 +1,25 @@
 """The fixtures of all tests."""
 
 import os
-import shutil
 import signal
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 from pytest_httpserver import HTTPServer
 
 from tests.pictures import Picture, Pictures, averaging_model, image
 from tests.running import MANY, Scripts, environment
-from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, UnavailableError, java_home
+from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, jdks
 from tests.tcp_proxy import TcpProxy
 from tools.clip_model import build
 
-Server = TypeVar("Server", Elasticsearch, S3)
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Skips, with the reason; in CI what is missing is a failure."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,43 +31,28 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 # Servers, one of each for each worker of pytest-xdist
 
 
-def available(make: Callable[[], Server], untested: str) -> Server:
-    """Returns a new server, or skips the test if there can be none here."""
-    try:
-        return make()
-    except UnavailableError as reason:
-        unavailable(f"{reason}; that leaves {untested} untested")
-
-
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[dict[str, str]]:
     """The environment of an Elasticsearch with its administrator: of TEST_ES_URL, or one that is started."""
     if "TEST_ES_URL" in os.environ:
         yield {"ES_URL": os.environ["TEST_ES_URL"], "ES_CA_CERT": os.environ.get("TEST_ES_CA_CERT", "")}
         return
-    with available(Elasticsearch, "most of it") as server:
+    with Elasticsearch() as server:
         yield server.environment
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[dict[str, str]]:
     """The environment of an S3 server."""
-    with available(S3, "buckets") as server:
+    with S3() as server:
         yield server.environment
 
 
 @pytest.fixture(scope="session")
 def _killed_server() -> Iterator[Elasticsearch]:
-    def make() -> Elasticsearch:
-        try:
-            java_home(21)
-            release = RELEASE_9
-        except UnavailableError:
-            release = RELEASE
-        # It takes one bulk request at a time for one shard, and lets one more wait.
-        return Elasticsearch(release, thread_pool__write__size=1, thread_pool__write__queue_size=1)
-
-    with available(make, "outages") as server:
+    release = RELEASE_9 if jdks() and max(jdks())[0] >= 21 else RELEASE
+    # It takes one bulk request at a time for one shard, and lets one more wait.
+    with Elasticsearch(release, thread_pool__write__size=1, thread_pool__write__queue_size=1) as server:
         yield server
 
 
@@ -117,18 +91,6 @@ def hub(tmp_path: Path, web: HTTPServer) -> dict[str, str]:
 @pytest.fixture
 def bucket(s3: dict[str, str]) -> Bucket:
     return Bucket(s3, f"test-{uuid.uuid4()}")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """The system's Chromium."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not found:
-        unavailable("no Chromium (Debian: apt-get install chromium); that leaves how the page looks untested")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 # The scripts, on an index of their own

@@ -144,16 +144,6 @@ class Scripts:
         variables = self.environment | environment
         return subprocess.run(["bash", "-c", command], cwd=self.folder, env=variables, **options)
 
-    def on_a_terminal(
-        self, script: str, *arguments: object, columns: int = 80, stdout: bool = False
-    ) -> tuple[int, str]:
-        """Runs a script whose stderr, and `stdout` too if wanted, is a terminal; its exit code and what is shown."""
-        command = shlex.join([sys.executable, *self.arguments(script, *arguments)])
-        command = f"stty rows 24 cols {columns}; {command} {'' if stdout else '>/dev/null'}"
-        done = self.shell(f"script -qec {shlex.quote(command)} /dev/null", TERM="xterm", SHELL="/bin/sh")
-        assert "Traceback" not in done.stdout, done.stdout
-        return done.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
-
     def create(self, *arguments: object, exits: Any = 0, new_python: Any = False, **environment: str) -> str:
         """Runs create.py, which must exit with this code; returns its stderr."""
         done = self.run("create.py", *arguments, new_python=new_python, **environment)

@@ -18,10 +18,9 @@ import pytest
 import sqlite_vec
 from PIL import Image
 
-from tests.conftest import unavailable
 from tests.pictures import Picture, Pictures, averaging_model, image, png
 from tests.running import Scripts, environment
-from tests.server import ROOT, Bucket
+from tests.server import ROOT, Bucket, unavailable
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.slow
@@ -285,17 +284,3 @@ def test_the_install_of_readme_is_enough(tmp_path: Path, pictures: Pictures) -> 
         ("search.py", "images/0.png", "--html", "a.html"),
     ):
         subprocess.run([python, ROOT / script, *arguments], cwd=tmp_path, env=environment(tmp_path), check=True)
-
-
-def test_the_pins_fit_what_they_were_compiled_from(tmp_path: Path) -> None:
-    """Without newer versions, `make pin` would change nothing."""
-    shown = subprocess.check_output(["make", "--always-make", "--dry-run", "pin"], cwd=ROOT, text=True)
-    for name in ("requirements", "requirements-dev"):
-        before = (ROOT / f"{name}.txt").read_text()
-        (tmp_path / f"{name}.txt").write_text(before)
-        (command,) = re.findall(rf"(uv pip compile .*{name}\.in) -o", shown.replace("\\\n", " "))
-        uv, *arguments = shlex.split(command.replace("--upgrade", ""))
-        path = Path(sys.executable).parent / uv
-        subprocess.run([path, *arguments, "-o", tmp_path / f"{name}.txt"], cwd=ROOT, check=True)
-        after = (tmp_path / f"{name}.txt").read_text()
-        assert re.findall(r"^[^\s#]+", after, re.MULTILINE) == re.findall(r"^[^\s#]+", before, re.MULTILINE)

@@ -293,20 +293,20 @@ def test_what_cannot_be_reached_is_one_line_without_the_secret(
 
 
 @pytest.mark.parametrize(
-    ("hosts", "expired", "trusted", "message"),
+    ("host", "expired", "trusted", "message"),
     [
-        (["other.example.com"], False, True, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
-        (["localhost"], True, True, r"certificate has expired\): check the host name in ES_URL, and the server's cert"),
-        (["localhost"], False, False, r"ES_CA_CERT is \S+, which is not the CA that signed it"),
+        ("other.example.com", False, True, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
+        ("localhost", True, True, r"certificate has expired\): check the host name in ES_URL, and the server's cert"),
+        ("localhost", False, False, r"ES_CA_CERT is \S+, which is not the CA that signed it"),
     ],
 )
 def test_a_certificate_that_is_refused_is_reported_with_its_reason(
-    hosts: list[str], expired: bool, trusted: bool, message: str, scripts_on_file: Scripts
+    host: str, expired: bool, trusted: bool, message: str, scripts_on_file: Scripts
 ) -> None:
     authority, folder = CA(), scripts_on_file.folder
     ca = (authority if trusted else CA()).write(folder / "ca.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*authority.issue(folder, *hosts, expired=expired))
+    context.load_cert_chain(*authority.issue(folder, host, expired=expired))
     with HTTPServer(ssl_context=context) as server:
         line = scripts_on_file.fail(2, ES_URL=f"https://localhost:{server.port}", ES_CA_CERT=str(ca))
     assert f"The certificate of https://localhost:{server.port} cannot be verified (" in line

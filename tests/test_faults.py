@@ -63,15 +63,21 @@ def test_a_server_that_is_killed_or_frozen_and_comes_back_loses_nothing(
 
 
 @pytest.mark.xdist_group("elasticsearch_to_kill")
-def test_documents_that_are_rejected_for_now_are_sent_again(scripts_to_kill: Scripts) -> None:
-    """With HTTP 429: the server takes one bulk request at a time for a shard, and the index has three."""
-    with scripts_to_kill.index_template({"number_of_shards": 3}):
-        stderr = scripts_to_kill.create("--images", "images/1")
-    assert counts(stderr) == {"new": MANY // 4}
-    pools = scripts_to_kill.request("GET", "_nodes/stats/thread_pool")["nodes"].values()
+def test_documents_that_are_rejected_for_now_are_sent_again(
+    elasticsearch_to_kill: Elasticsearch, tmp_path: Path, bird_images: list[Path]
+) -> None:
+    """With HTTP 429: the server takes one bulk request at a time for a shard, and the index has three.
+
+    After some seconds each time, here sooner.
+    """
+    scripts = Scripts(tmp_path, environment(tmp_path) | elasticsearch_to_kill.environment)
+    sooner = patched(tmp_path, {"imagesearch.index.elasticsearch.REJECTED_WAITS": 30 * (0.2,)})
+    with scripts.index_template({"number_of_shards": 3}):
+        stderr = scripts.create(new_python=True, **sooner)
+    assert counts(stderr) == {"new": 31} and scripts.count() == 31
+    pools = scripts.request("GET", "_nodes/stats/thread_pool")["nodes"].values()
     assert next(iter(pools))["thread_pool"]["write"]["rejected"] > 0
     assert re.search(r"Retrying .* \(HTTP 429\)", stderr)
-    assert scripts_to_kill.count() == MANY // 4
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])

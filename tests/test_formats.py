@@ -16,7 +16,6 @@ from PIL import Image
 from imagesearch import images
 from imagesearch.images import FORMATS, image_extensions, open_rgb
 from imagesearch.locations import local_path, path_from_text, path_to_text, quote_path
-from imagesearch.records import ImageFile
 from imagesearch.sources.folder import FolderSource
 from tests.pictures import Picture, Report, image, read_image
 from tests.server import ROOT
@@ -54,12 +53,6 @@ def test_images_are_found_at_any_depth_and_the_rest_is_skipped(tmp_path: Path, p
     link = "./one/up (a link to a folder already found)"
     assert sorted(report.skipped) == [link, ".txt", "hidden", "hidden", "not a regular file", "without extension"]
     assert sorted(report.unreadable) == ["./itself.png", "./nothing.png"]
-
-
-def test_an_image_is_identified_by_the_hash_of_its_path() -> None:
-    image_file = ImageFile("/p/images/Bald_Eagle/26897.jpg", "./images/Bald_Eagle/26897.jpg", "Bald_Eagle", 0, 0)
-    # printf %s ./images/Bald_Eagle/26897.jpg | sha256sum
-    assert image_file.id == "9e0c384358f493648659e69c18a44b8b52d78942c1fd7b57dcf7664041752bc6"
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "plain", "ünï", "back\\slash"])

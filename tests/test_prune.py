@@ -44,18 +44,22 @@ def test_unreadable_files_are_not_among_documents_without_an_image(scripts: Scri
     assert scripts.count() == 5  # the damaged one keeps its document
 
 
-def test_what_an_unplugged_disk_holds_is_kept(scripts: Scripts, six_images: list[Path], pictures: Pictures) -> None:
-    """`images/usb` is a link to it."""
-    disk = scripts.folder / "disk"
+def test_what_cannot_be_read_is_kept_and_does_not_keep_the_rest(
+    scripts: Scripts, six_images: list[Path], pictures: Pictures
+) -> None:
+    """`images/usb` is a link to a disk that is unplugged; lost+found can be read by its owner only."""
     pictures(3, folder="disk/deep")
-    (scripts.folder / "images" / "usb").symlink_to(disk)
-    assert counts(scripts.create())["new"] == 9
-    disk.rename(scripts.folder / "unplugged")
+    (scripts.folder / "images" / "usb").symlink_to(scripts.folder / "disk")
+    pictures(2, folder="images/lost")
+    assert counts(scripts.create())["new"] == 11
+    (scripts.folder / "disk").rename(scripts.folder / "unplugged")
+    (scripts.folder / "images" / "lost").rename(scripts.folder / "elsewhere")
+    (scripts.folder / "images" / "lost").symlink_to("/proc/1/task/0")
     six_images[0].unlink()
     stderr = scripts.create("--prune", exits=1)
     assert "Cannot read ./images/usb: a link whose target is missing" in stderr
-    assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 1}
-    assert scripts.count() == 8
+    assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 2}
+    assert scripts.count() == 10
 
 
 def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, six_images: list[Path]) -> None:
@@ -118,15 +122,3 @@ def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, pictures: Pictures
     assert sum(deleted) == 16
     assert min(deleted) >= 3
     assert scripts.count() == 34
-
-
-def test_what_cannot_be_read_does_not_keep_the_rest(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
-    """As with lost+found, which its owner can neither read nor remove."""
-    lost = picture("images/lost/a.png")
-    scripts.create()
-    six_images[0].unlink()
-    lost.parent.rename(scripts.folder / "elsewhere")
-    (scripts.folder / "images" / "lost").symlink_to("/proc/1/task/0")
-    stderr = scripts.create("--prune", exits=1)
-    assert counts(stderr) == {"unchanged": 5, "deleted": 1, "unreadable": 1}
-    assert "./images/lost/a.png" in scripts.paths()

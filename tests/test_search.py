@@ -258,21 +258,16 @@ def test_memory_does_not_grow_with_the_number_of_queries(many_on_file: Scripts, 
     assert peaks[1] < peaks[0] + 20_000  # KiB
 
 
-def test_names_in_the_json_are_as_they_are(scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/Vögel/Kohlmeise.png")
-    scripts_on_file.create()
-    assert "./images/Vögel/Kohlmeise.png" in scripts_on_file.run("search.py", "images/Vögel/Kohlmeise.png").stdout
-
-
 def test_no_name_controls_a_terminal(scripts: Scripts, picture: Picture) -> None:
     """Not DEL, a C1 control or a character that turns text around; the JSON is the same."""
-    name = "a\x9b31m\u202eb\x7f\u2066.png"
+    name = "Vögel\x9b31m\u202eb\x7f\u2066.png"
     path = picture(f"images/{name}")
     scripts.create()
     done = scripts.run("search.py", path, "missing\u202e.png")
     assert not re.search("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", done.stdout + done.stderr)
     found = json.loads(done.stdout.splitlines()[0])
     assert found["hits"]["hits"][0]["fields"]["file_path"] == [f"./images/{name}"]
+    assert "./images/Vögel" in done.stdout
 
 
 def test_a_listed_image_that_is_unchanged_is_not_opened(scripts: Scripts, bird_images: list[Path]) -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shlex
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,17 @@ clip.Clip.create_embedding = slowly
 """
 
 
+def on_a_terminal(
+    scripts: Scripts, script: str, *arguments: object, columns: Any = 80, stdout: Any = "/dev/tty"
+) -> tuple[int, str]:
+    """Runs a script on a terminal; its exit code and what is shown."""
+    command = shlex.join([sys.executable, *scripts.arguments(script, *arguments)])
+    command = shlex.quote(f"stty rows 24 cols {columns}; {command} >{stdout}")
+    done = scripts.shell(f"script -qec {command} /dev/null", TERM="xterm", SHELL="/bin/sh")
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
+
+
 def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
     scripts_on_file: Scripts, pictures: Pictures, small_clip: Path
 ) -> None:
@@ -38,7 +52,7 @@ def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
     (scripts_on_file.folder / "images" / "link.png").symlink_to("missing.png")
     sooner = {"imagesearch.progress.BAR_AFTER_SECONDS": 0.5}
     scripts_on_file.environment |= patched(scripts_on_file.folder, sooner, SLOWLY)
-    code, shown = scripts_on_file.on_a_terminal("create.py", "--model", small_clip, columns=40)
+    code, shown = on_a_terminal(scripts_on_file, "create.py", "--model", small_clip, columns=40)
     assert code == 1
     assert "Preparing the model for this CPU" in shown
     states = [line for line in re.split(r"[\r\n]+", shown) if re.search(r"\d+/201", line)]
@@ -80,18 +94,18 @@ def test_many_unreadable_images_are_not_all_named_on_a_terminal(scripts_on_file:
     (scripts_on_file.folder / "images").mkdir()
     for number in range(50):
         (scripts_on_file.folder / "images" / f"{number}.png").write_bytes(b"no image")
-    code, shown = scripts_on_file.on_a_terminal("create.py")
+    code, shown = on_a_terminal(scripts_on_file, "create.py")
     assert code == 1
     assert shown.count("Cannot read") == 20 and shown.count("More files cannot be read") == 1
 
 
 def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     scripts_on_file.create()
-    _, shown = scripts_on_file.on_a_terminal("search.py", bird_images[0], stdout=True)
+    _, shown = on_a_terminal(scripts_on_file, "search.py", bird_images[0])
     lines = re.split(r"[\r\n]+", shown.strip())
     assert lines[0].startswith(f"Index {scripts_on_file.index} in {scripts_on_file.index}.db, made with the model")
     assert lines[-1] == "1.0000000  Bald_Eagle  ./images/Bald_Eagle/0.png"
-    code, shown = scripts_on_file.on_a_terminal("search.py", "images/Osprey", "missing.png", stdout=True)
+    code, shown = on_a_terminal(scripts_on_file, "search.py", "images/Osprey", "missing.png")
     assert code == 1
     assert re.search(r"\./images/Osprey/3\.png:\s+1\.0000000  Osprey  \./images/Osprey/3\.png", shown)
     assert shown.count("Cannot read missing.png") == 1
@@ -100,7 +114,7 @@ def test_a_terminal_shows_each_hit_in_a_line(scripts_on_file: Scripts, bird_imag
 def test_a_terminal_shows_how_many_searches_are_done(many_on_file: Scripts) -> None:
     many_on_file.create()
     many_on_file.environment |= patched(many_on_file.home, {"imagesearch.progress.BAR_AFTER_SECONDS": 0})
-    code, shown = many_on_file.on_a_terminal("search.py", *["images"] * 3)
+    code, shown = on_a_terminal(many_on_file, "search.py", *["images"] * 3, stdout="/dev/null")
     assert code == 0 and re.search(rf"\d+/{3 * MANY} \[00:\d\d<", shown), shown[-300:]
 
 
