@@ -121,16 +121,15 @@ NEAREST, GROUPS, GROUPS_PAGE, WRONG_FOLDERS, SHARE, COMPARISON, _ = blocks(RECIP
 LOCAL, ELASTIC, CLUSTERS = blocks(RECIPES, "python")
 
 
-@pytest.fixture
-def planted(project: Scripts) -> tuple[Scripts, set[str], set[str]]:
-    """Pictures of three classes by color, indexed; the lines of groups of duplicates and of those in wrong folders."""
+def plant(images: Path) -> tuple[set[str], set[str]]:
+    """Makes pictures of three classes by color; the lines of groups of duplicates and of those in wrong folders."""
 
     def tinted(color: tuple[int, int, int], seed: int) -> Image.Image:
         return Image.blend(Image.new("RGB", (300, 200), color), image((300, 200), seed), 0.25)
 
     groups, wrong = set(), set()
     for name, color in COLORS.items():
-        folder = project.folder / "images" / name
+        folder = images / name
         folder.mkdir(parents=True)
         for number in range(40):
             tinted(color, sum(name.encode()) * 100 + number).save(folder / f"{number}.png")
@@ -143,16 +142,13 @@ def planted(project: Scripts) -> tuple[Scripts, set[str], set[str]]:
             groups.add("\t".join(f"./images/{name}/{each}" for each in sorted(group)))
     for name, color in (("Bluebird", COLORS["Cardinal"]), ("Goldfinch", COLORS["Bluebird"])):
         wrong.add(f"./images/{name}/stray.heic")
-        pillow_heif.from_pillow(tinted(color, sum(color))).save(
-            project.folder / "images" / name / "stray.heic", quality=95
-        )
-    (project.folder / "images" / "notes.txt").write_text("no image")
+        pillow_heif.from_pillow(tinted(color, sum(color))).save(images / name / "stray.heic", quality=95)
+    return groups, wrong
+
+
+def test_the_recipes_find_what_was_planted(project: Scripts) -> None:
+    groups, wrong = plant(project.folder / "images")
     project.create()
-    return project, groups, wrong
-
-
-def test_the_recipes_find_what_was_planted(planted: tuple[Scripts, set[str], set[str]]) -> None:
-    project, groups, wrong = planted
     # The score that the recipe tells to look for: of these pictures, by this model, the copies are above it.
     run(project, "".join([NEAREST, GROUPS, GROUPS_PAGE]).replace("0.98", "0.9995"))
     found = [line.split("\t") for line in (project.folder / "groups.tsv").read_text().splitlines()]
