@@ -4,9 +4,11 @@ import os
 import signal
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,12 +16,21 @@ from pytest_httpserver import HTTPServer
 
 from tests.pictures import Picture, Pictures, averaging_model, image
 from tests.running import MANY, Scripts, environment
-from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, jdks
+from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, UnavailableError, jdks
 from tests.tcp_proxy import TcpProxy
 from tools.clip_model import build
 
+Server = TypeVar("Server", Elasticsearch, S3)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skips, with the reason; in CI what is missing is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,20 +42,31 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 # Servers, one of each for each worker of pytest-xdist
 
 
+@contextmanager
+def started(make: Callable[[], Server], untested: str) -> Iterator[Server]:
+    """Starts a server, or skips the test if there can be none here."""
+    try:
+        server = make()
+    except UnavailableError as reason:
+        unavailable(f"{reason}; that leaves {untested} untested")
+    with server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[dict[str, str]]:
     """The environment of an Elasticsearch with its administrator: of TEST_ES_URL, or one that is started."""
     if "TEST_ES_URL" in os.environ:
         yield {"ES_URL": os.environ["TEST_ES_URL"], "ES_CA_CERT": os.environ.get("TEST_ES_CA_CERT", "")}
         return
-    with Elasticsearch() as server:
+    with started(Elasticsearch, "most of it") as server:
         yield server.environment
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[dict[str, str]]:
     """The environment of an S3 server."""
-    with S3() as server:
+    with started(S3, "buckets") as server:
         yield server.environment
 
 
@@ -52,7 +74,8 @@ def s3() -> Iterator[dict[str, str]]:
 def _killed_server() -> Iterator[Elasticsearch]:
     release = RELEASE_9 if jdks() and max(jdks())[0] >= 21 else RELEASE
     # It takes one bulk request at a time for one shard, and lets one more wait.
-    with Elasticsearch(release, thread_pool__write__size=1, thread_pool__write__queue_size=1) as server:
+    make = partial(Elasticsearch, release, thread_pool__write__size=1, thread_pool__write__queue_size=1)
+    with started(make, "outages") as server:
         yield server
 
 

@@ -33,9 +33,12 @@ def run(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) 
     """Runs Python with these arguments, the first one a script, as `subprocess.run` does; stdin is empty."""
     with tempfile.TemporaryDirectory() as outputs:
         paths = [Path(outputs, name) for name in ("stdout", "stderr")]
-        process = _context.Process(target=_run_script, args=(arguments, folder, dict(environment), paths), daemon=True)
+        process = _context.Process(target=_run_script, args=(arguments, folder, dict(environment), paths))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:
+            process.kill()
         texts = [path.read_text() if path.exists() else "" for path in paths]
     return subprocess.CompletedProcess(arguments, process.exitcode or 0, *texts)
 

@@ -39,7 +39,9 @@ def pausing(*arguments):
             with open({begun!r} + ".new", "w") as file:
                 file.write(str(number))
             os.rename({begun!r} + ".new", {begun!r})
-            while os.getppid() == tests and not os.path.exists({go_on!r}):
+            while not os.path.exists({go_on!r}):
+                if os.getppid() != tests:
+                    os._exit(1)
                 time.sleep(0.02)
         number += len(chunk)
         yield chunk
@@ -111,7 +113,10 @@ class Scripts:
         assert new_python or not [name for name in variables if name.startswith("PYTHON")], "use new_python"
         if new_python:
             process = self.start(script, *arguments, **environment)
-            outputs = process.communicate()
+            try:
+                outputs = process.communicate()
+            finally:
+                process.kill()
             done = subprocess.CompletedProcess(process.args, process.returncode, *outputs)
         else:
             done = forked.run(self.arguments(script, *arguments), self.folder, variables)

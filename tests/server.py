@@ -1,7 +1,8 @@
 """The real servers of the tests: Elasticsearch, with TLS and a password, and S3.
 
 Elasticsearch is Elastic's own integration-test distribution, from Maven Central: the server with security, without
-most modules (`GET /` is not served, API keys are not kept). Needs Maven and a JDK; without them tests are skipped.
+most modules (`GET /` is not served, API keys are not kept). Needs Maven and a JDK; without them it raises
+`UnavailableError`.
 """
 
 import fcntl
@@ -21,11 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 
 import obstore
-import pytest
 import requests
 import urllib3
 from obstore.store import S3Store
@@ -39,14 +39,13 @@ RELEASE, RELEASE_9 = "8.19.9", "9.2.0"  # of Elasticsearch
 PASSWORD = "p@ss/w:rd 100%"  # which a URL must percent-encode
 # What `elasticsearch-users useradd` writes for it, in seconds.
 PASSWORD_HASH = "$2a$04$jJTi4aKk/.IOojO2doyRseHqMWqakc.Oohcxt0HE6KC0YRUZqF1rO"
+START_SECONDS = 300  # on a busy machine, too
 # Options of a Java that lives for minutes: half the CPU time, without the optimizing compiler and parallel collection.
 SHORT_LIVED = ["-XX:TieredStopAtLevel=1", "-XX:-UseG1GC", "-XX:+UseSerialGC"]
 ENVIRONMENT = os.environ | {"CLI_JAVA_OPTS": " ".join(["-Xms64m", "-Xmx64m", *SHORT_LIVED])}
 
 # Ends the server with the tests, whatever ends them: their end of the pipe is then closed.
 WATCHDOG = 'exec 3<&0; { read _ <&3; kill -9 0; } & exec "$@" </dev/null 3<&-'
-
-UNTESTED = "that leaves what needs a server untested"
 
 # Privileges on the index: the smallest with which each script can do all it can.
 ROLES = {
@@ -55,11 +54,8 @@ ROLES = {
 }
 
 
-def unavailable(reason: str) -> NoReturn:
-    """Skips the test, with the reason; in CI what is missing is a failure."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
+class UnavailableError(Exception):
+    """Why no server can be started here, and what to install."""
 
 
 def jdks() -> list[tuple[int, Path]]:
@@ -78,7 +74,7 @@ def java_home(at_least: int) -> Path:
     """The oldest JDK that is new enough."""
     fitting = [jdk for jdk in jdks() if jdk[0] >= at_least]
     if not fitting:
-        unavailable(f"no JDK {at_least} or newer (Debian: apt-get install openjdk-{at_least}-jdk-headless); {UNTESTED}")
+        raise UnavailableError(f"no JDK {at_least} or newer (Debian: apt-get install openjdk-{at_least}-jdk-headless)")
     return min(fitting)[1]
 
 
@@ -90,11 +86,11 @@ def artifact(coordinates: str, name: str) -> Path:
         if path.exists():
             return path
         if not maven:
-            unavailable(f"no Maven to fetch servers with (Debian: apt-get install maven); {UNTESTED}")
+            raise UnavailableError("no Maven to fetch servers with (Debian: apt-get install maven)")
         command = [maven, "-q", "-B", "dependency:copy", f"-Dartifact={coordinates}", f"-DoutputDirectory={folder}"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         if done.returncode:
-            unavailable(f"Maven could not fetch {coordinates}; {UNTESTED}: {done.stdout[-500:]}")
+            raise UnavailableError(f"Maven could not fetch {coordinates}: {done.stdout[-500:]}")
         (fetched,) = Path(folder).iterdir()
         return fetched.rename(path)
 
@@ -136,8 +132,10 @@ class Server:
             files: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output, "cwd": self.folder}
             command = ["sh", "-c", WATCHDOG, "sh", *self.command]
             self.process = process = subprocess.Popen(command, start_new_session=True, **files, **self.options)
+        deadline = time.monotonic() + START_SECONDS
         while not self.is_up():
-            if process.poll() is not None:
+            if time.monotonic() > deadline or process.poll() is not None:
+                self.kill()
                 raise RuntimeError("A server did not start:\n" + (self.folder / "output").read_text()[-3000:])
             time.sleep(0.2)
 
@@ -199,7 +197,7 @@ class Elasticsearch(Server):
             "path.logs": str(self.folder / "logs"),
             "network.host": "127.0.0.1",
             "http.port": self.port,
-            "transport.port": free_port(),
+            "transport.port": 0,  # any
             "discovery.type": "single-node",
             "cluster.routing.allocation.disk.threshold_enabled": False,  # the disk may be nearly full here
             "xpack.security.enabled": True,

@@ -114,7 +114,7 @@ def test_unusual_keys_are_preserved(scripts_on_file: Scripts, bucket: Bucket) ->
         ({}, "s3://no-such-bucket-here", r"There is no bucket s3://no-such-bucket-here, .* \(HTTP 404 NoSuchBucket\)"),
         ({}, "{}/no/such/prefix", r"[Tt]here are no images below (s3://\S+/no/such/prefix|it)"),
         ({}, "s3://user:local-SECRET@birds", r"The URL of a bucket must look like s3://bucket/folder, without a user"),
-        *(({}, url, r"The URL of a bucket must look like") for url in ("s3://", "s3://birds?x=1")),
+        *(({}, url, r"The URL of a bucket must look like") for url in ("s3://", "s3://birds?x=1", "s3://birds:80/a")),
     ],
 )
 def test_what_is_wrong_is_reported_in_one_line(
@@ -168,6 +168,7 @@ def test_a_store_that_goes_away_loses_nothing(
         process = scripts_on_file.start_paused("--images", bucket.url, constants=constants, AWS_ENDPOINT_URL=url)
         proxy.stop()
         scripts_on_file.go_on()
+        stopped = time.monotonic()
         if comes_back:
             read_until(process, f"Retrying requests to {bucket.url}: no answer yet.")
             proxy.start()
@@ -177,6 +178,7 @@ def test_a_store_that_goes_away_loses_nothing(
     if comes_back:
         assert (code, stored) == (0, 600), stderr
     else:
+        assert time.monotonic() - stopped < 60
         assert code == 1 and stored < 600 and f"create.py: No answer from {bucket.url} (" in stderr, stderr
         assert counts(scripts_on_file.create("--images", bucket.url)) == {"new": 600 - stored, "unchanged": stored}
 

@@ -18,9 +18,10 @@ import pytest
 import sqlite_vec
 from PIL import Image
 
+from tests.conftest import unavailable
 from tests.pictures import Picture, Pictures, averaging_model, image, png
 from tests.running import Scripts, environment
-from tests.server import ROOT, Bucket, unavailable
+from tests.server import ROOT, Bucket
 
 README = (ROOT / "README.md").read_text()
 pytestmark = pytest.mark.slow
@@ -165,12 +166,12 @@ def test_the_recipes_find_what_was_planted(project: Scripts) -> None:
         compared = COMPARISON.replace("images/Osprey", "images/Cardinal").replace("MODEL=clip", "MODEL=thumbnail")
         assert float(run(project, compared)) > 0.99
 
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed; that leaves the recipe of clusters untested")
     shown = "\nprint(vectors.shape, vectors.dtype, len(set(paths)), abs(vectors).max() <= 1)"
     code = f"{ELASTIC if project.on_elasticsearch else LOCAL}{shown}\n{CLUSTERS}"
     code = code.replace('"images"', f'"{project.index}"').replace("images.db", project.database.name)
     done = project.shell(f"python3 -c {shlex.quote(code)}")
-    assert done.stdout.startswith("(134, 768) float32 134 True\n"), done.stderr  # 3 × (40 + 4) + 2
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(134, 768) float32 134 True\n")  # 3 × (40 + 4) + 2
     with Image.open(project.folder / "clusters.png") as sheet:
         assert sheet.size == (1200, 1000)
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100

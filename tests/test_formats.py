@@ -97,17 +97,20 @@ def test_every_format_that_pillow_decodes_is_an_image_and_those_it_only_names_ar
     assert not {"EPS", "WMF", "PDF", "IPTC", "JPEG2000"} & set(FORMATS)
 
 
+NO_PROFILE = {"icc_profile": b"no profile"}
+
+
 @pytest.mark.parametrize(
     ("kind", "modes"),
     [("PNG", "1 L LA P RGB RGBA I;16"), ("JPEG", "L RGB CMYK"), ("TIFF", "I F YCbCr CMYK"), ("GIF", "P")]
     + [(kind, "RGB") for kind in ("WEBP", "BMP", "TGA", "PPM", "AVIF", "MPO")],
 )
 def test_what_pillow_reads_is_read(kind: str, modes: str) -> None:
-    """In all its forms, of sizes that are odd, too."""
+    """In all its forms, and of odd sizes."""
     for mode in modes.split():
-        for size in ((50, 40), (1, 1), (1, 2000)):
+        for size, options in (((50, 40), {}), ((1, 1), {"progressive": True, "interlace": 1}), ((1, 2000), NO_PROFILE)):
             picture = image(size, 1).convert("L" if mode == "I;16" else mode).convert(mode)
-            assert read(saved(picture, kind, progressive=True, interlace=1, icc_profile=b"no profile")).size
+            assert read(saved(picture, kind, **options)).size
 
 
 def test_a_heic_is_read() -> None:

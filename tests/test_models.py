@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from pytest_httpserver import HTTPServer
-from werkzeug import Response
+from werkzeug import Request, Response
 
 from imagesearch.errors import UsageError
 from imagesearch.files import cache_folder
@@ -29,6 +29,7 @@ from imagesearch.models.int8 import rewrite
 from imagesearch.models.prepared_model import model_sha256
 from imagesearch.records import ModelInfo
 from tests.pictures import averaging_model, image, read_image
+from tests.running import environment
 from tests.server import ROOT
 
 PIXELS = np.random.default_rng(1).standard_normal((16, 3, 224, 224)).astype(np.float32)
@@ -178,6 +179,20 @@ def test_a_download_that_breaks_off_leaves_nothing_to_use(hub: dict[str, str], w
     assert not (Path(hub["XDG_CACHE_HOME"]) / "imagesearch" / "patch32_v1.onnx").exists()
 
 
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_given_up_soon(tmp_path: Path, web: HTTPServer) -> None:
+    def hang(_: Request) -> Response:
+        time.sleep(5)
+        return Response("", 503)
+
+    web.expect_request(re.compile(".*patch32_v1.onnx")).respond_with_handler(hang)
+    hub = environment(tmp_path) | {"HF_ENDPOINT": web.url_for("").rstrip("/"), "HF_HUB_ETAG_TIMEOUT": "1"}
+    started = time.monotonic()
+    done = load_in_a_process(hub)
+    assert time.monotonic() - started < 20  # a loaded machine takes its time to start Python
+    assert done.stderr.count("\n") == 1 and "--model FILE" in done.stderr
+
+
 # The prepared model
 
 
@@ -246,11 +261,16 @@ def test_the_rewrite_leaves_every_integer_the_same_on_any_cpu(seed: int) -> None
     assert len(np.unique(before[0])) > 1
 
 
-def test_every_product_and_convolution_of_clip_becomes_a_product_of_int8(small_clip: Path) -> None:
-    after = rewritten(onnx.load(small_clip)).graph
-    types = {tensor.name: tensor.data_type for tensor in after.initializer}
+def test_every_weight_of_clip_becomes_int8_and_means_the_same(small_clip: Path) -> None:
+    before, after = onnx.load(small_clip).graph, rewritten(onnx.load(small_clip)).graph
+    old, new = ({t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (before, after))
     products = [node for node in after.node if node.op_type == "MatMulInteger"]
-    assert len(products) == 19 and {types[node.input[1]] for node in products} == {TensorProto.INT8}
+    assert len(products) == 19
+    for node in products:
+        weight, zero_point = node.input[1], node.input[3]
+        assert new[weight].dtype == new[zero_point].dtype == np.int8
+        original = old[weight] if old[weight].ndim == 2 else old[weight].reshape(len(old[weight]), -1).T
+        assert np.array_equal(new[weight].astype(int) - new[zero_point], original.astype(int) - old[zero_point])
     assert not [node for node in after.node if node.op_type == "ConvInteger"]
 
 

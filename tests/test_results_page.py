@@ -20,9 +20,9 @@ from playwright.sync_api import Page as BrowserPage
 from imagesearch import results_page
 from imagesearch.locations import path_to_text
 from imagesearch.sources.queries import find_queries, open_query
+from tests.conftest import unavailable
 from tests.pictures import Picture, image
 from tests.running import Scripts
-from tests.server import unavailable
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""A marked password and a marked key, through every way to fail: neither is ever shown or kept."""
+"""No password and no key is ever shown or kept; what an address may be."""
 
 import re
 import subprocess

@@ -61,6 +61,7 @@ def test_queries_from_everywhere_are_answered_in_order(
         ("", Response("<html>Not found</html>"), "not an image that Pillow can read"),
         ("", Response("", 302, {"Location": "/a"}), "Exceeded 30 redirects"),
         ("", Response("", 302, {"Location": "file:///etc/passwd"}), "is not a valid http or https URL"),
+        ("http://[x/a.png", None, ""),
         ("http://", None, "is not a valid http or https URL"),
         ("https://user:hunter2@host:99999/a.jpg", None, "is not a valid http or https URL"),
         ("https://user:hun/ter2@h/a.jpg", None, ""),
