@@ -20,7 +20,7 @@ from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, Unavaila
 from tests.tcp_proxy import TcpProxy
 from tools.clip_model import build
 
-Server = TypeVar("Server", Elasticsearch, S3)
+AnyServer = TypeVar("AnyServer", Elasticsearch, S3)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,7 +43,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @contextmanager
-def started(make: Callable[[], Server], untested: str) -> Iterator[Server]:
+def started(make: Callable[[], AnyServer], untested: str) -> Iterator[AnyServer]:
     """Starts a server, or skips the test if there can be none here."""
     try:
         server = make()
@@ -55,10 +55,7 @@ def started(make: Callable[[], Server], untested: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[dict[str, str]]:
-    """The environment of an Elasticsearch with its administrator: of TEST_ES_URL, or one that is started."""
-    if "TEST_ES_URL" in os.environ:
-        yield {"ES_URL": os.environ["TEST_ES_URL"], "ES_CA_CERT": os.environ.get("TEST_ES_CA_CERT", "")}
-        return
+    """The environment of an Elasticsearch with its administrator."""
     with started(Elasticsearch, "most of it") as server:
         yield server.environment
 

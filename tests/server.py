@@ -211,21 +211,21 @@ class Elasticsearch(Server):
 
     def is_up(self) -> bool:
         try:
-            health = request(self.environment, "GET", "_cluster/health?timeout=1s")
-        except (urllib3.exceptions.HTTPError, AssertionError):
+            health = send(self.environment, "GET", "_cluster/health?timeout=1s", seconds=10).json()
+        except (urllib3.exceptions.HTTPError, ValueError):
             return False
-        return health["status"] in ("green", "yellow")
+        return health.get("status") in ("green", "yellow")
 
 
 def send(
-    environment: dict[str, str], method: str, path: str, body: bytes | None = None, **headers: str
+    environment: dict[str, str], method: str, path: str, body: bytes | None = None, seconds: Any = 600, **headers: str
 ) -> urllib3.BaseHTTPResponse:
     """Sends a request to Elasticsearch, whose CA is trusted on every Python."""
     url = urlsplit(environment["ES_URL"])
     context = ssl.create_default_context(cafile=environment["ES_CA_CERT"] or None)
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     headers |= urllib3.make_headers(basic_auth=f"{url.username}:{unquote(url.password or '')}")
-    with urllib3.PoolManager(ssl_context=context, timeout=600, retries=False) as pool:
+    with urllib3.PoolManager(ssl_context=context, timeout=seconds, retries=False) as pool:
         return pool.request(method, f"https://{url.hostname}:{url.port}/{path}", body=body, headers=headers)
 
 

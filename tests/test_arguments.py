@@ -58,8 +58,9 @@ def test_db_is_refused_beside_es_url(scripts_on_file: Scripts) -> None:
 
 
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
-def test_help_names_every_option_and_variable(script: str, scripts_on_file: Scripts) -> None:
-    shown = scripts_on_file.run(script, "--help").stdout
+def test_help_names_options_variables_and_examples_and_shows_no_secret(script: str, scripts_on_file: Scripts) -> None:
+    shown = scripts_on_file.run(script, "--help", ES_URL="https://admin:hunter2@localhost:9").stdout
+    assert "hunter2" not in shown
     for name in ("--index", "--db", "--model", "--insecure", "ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
         assert name in shown
 

@@ -1,7 +1,6 @@
 """What is special to Elasticsearch: how it is reached, what may stand before it, and what the index is."""
 
 import json
-import os
 import re
 import shlex
 import ssl
@@ -115,13 +114,13 @@ def test_nearly_all_of_the_nearest_are_found(shape: str, scripts_on_elasticsearc
 def test_an_index_that_is_not_ours_is_refused_and_left_alone(scripts_on_elasticsearch: Scripts) -> None:
     scripts = scripts_on_elasticsearch
     scripts.request("PUT", scripts.index, {"mappings": {"properties": {"title": {"type": "text"}}}})
-    assert "no record of its model" in scripts.fail(2)
+    assert "no record of its model" in scripts.both_fail(2)
     assert scripts.count() == 0
     meta = {"imagesearch": {"name": "thumbnail", "sha256": "", "preprocessing": PREPROCESSING, "folder": "/"}}
     scripts.request("DELETE", scripts.index)
     small = {"_meta": meta, "properties": {"embeddings": {"type": "dense_vector", "dims": 8}}}
     scripts.request("PUT", scripts.index, {"mappings": small})
-    assert "not made by this version of create.py" in scripts.fail(2)
+    assert "not made by this version of create.py" in scripts.both_fail(2)
 
 
 def run_block(document: str, beginning: str, scripts: Scripts) -> "subprocess.Popen[str]":
@@ -147,7 +146,9 @@ def test_another_model_takes_over_without_a_gap(scripts_on_elasticsearch: Script
         assert scripts.hits("images/3.png")[0]["_index"] == scripts.index + before
         switching = run_block("docs/models.md", f"python3 create.py --model {model}", scripts)
         while switching.poll() is None:
-            assert 10 in (scripts.count(), scripts.count())  # under way just when its index was removed: once more
+            found = scripts.count()
+            assert found == 10 or scripts.count() == 10  # under way just when its index was removed: once more
+            time.sleep(0.05)
         output, _ = switching.communicate()
         assert switching.returncode == 0 and json.loads(output)["acknowledged"]
         (hit,) = scripts.hits("images/3.png")
@@ -155,7 +156,10 @@ def test_another_model_takes_over_without_a_gap(scripts_on_elasticsearch: Script
         scripts.model = model
         assert counts(scripts.create()) == {"unchanged": 10}  # an alias is written through as well
     scripts.point(scripts.index, to=f"{scripts.index}-v2")
-    assert f"{scripts.index} is an alias of several indices ({scripts.index}-v2, {scripts.index}-v3)" in scripts.fail(2)
+    assert (
+        f"{scripts.index} is an alias of several indices ({scripts.index}-v2, {scripts.index}-v3)"
+        in scripts.both_fail(2)
+    )
     done = run_block("README.md", "INDEX=", scripts)  # "to start over" works after that, too
     assert done.wait() == 0
     assert scripts.request("GET", f"{scripts.index}*?ignore_unavailable=true") == {}
@@ -209,8 +213,6 @@ def test_elasticsearch_9_serves_as_8_does(
 def test_the_smallest_privileges_are_enough(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
     """And without one of them, the message names them."""
     scripts = scripts_on_elasticsearch
-    if "TEST_ES_URL" in os.environ:
-        pytest.skip("the server of TEST_ES_URL has no users of the tests' roles; that leaves privileges untested")
     creator, searcher = (
         {"ES_URL": scripts.environment["ES_URL"].replace("//admin:", f"//{role}:")} for role in ("creator", "searcher")
     )
@@ -241,10 +243,10 @@ def test_the_api_key_is_sent_by_both_scripts(scripts_on_file: Scripts, web: HTTP
     web.expect_request(re.compile(".*"), method="PUT").respond_with_json({"error": "no"}, 401, headers)
     keyed = {"ES_URL": web.url_for("").rstrip("/"), "ES_API_KEY": "a2V5OmtleQ=="}
     assert "rejected the API key in ES_API_KEY (HTTP 401)" in scripts_on_file.create(exits=2, **keyed)
+    created = len(web.log)
     scripts_on_file.run("search.py", path, **keyed)
-    sent = [(request.method, request.headers.get("Authorization")) for request, _ in web.log]
-    assert sent[:2] == [("GET", "ApiKey a2V5OmtleQ=="), ("PUT", "ApiKey a2V5OmtleQ==")]
-    assert len(sent) >= 3 and {key for _, key in sent} == {"ApiKey a2V5OmtleQ=="}
+    sent = [request.headers.get("Authorization") for request, _ in web.log]
+    assert 0 < created < len(sent) and set(sent) == {"ApiKey a2V5OmtleQ=="}
 
 
 def test_a_bulk_request_is_below_1_mb() -> None:
@@ -283,7 +285,7 @@ def test_what_cannot_be_reached_is_one_line_without_the_secret(
     """A value that is new, or a part of the one that works and what takes its place."""
     scripts = scripts_on_elasticsearch
     CA().write(scripts.folder / "other.pem")
-    line = scripts.fail(
+    line = scripts.both_fail(
         code,
         **{
             name: new if isinstance(new, str) else re.sub(*new, scripts.environment[name], count=1)
@@ -296,22 +298,21 @@ def test_what_cannot_be_reached_is_one_line_without_the_secret(
 
 
 @pytest.mark.parametrize(
-    ("host", "expired", "trusted", "message"),
+    ("host", "expired", "message"),
     [
-        ("other.example.com", False, True, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
-        ("localhost", True, True, r"certificate has expired\): check the host name in ES_URL, and the server's cert"),
-        ("localhost", False, False, r"ES_CA_CERT is \S+, which is not the CA that signed it"),
+        ("other.example.com", False, r"[Hh]ostname mismatch.*: check the host name in ES_URL, and"),
+        ("localhost", True, r"certificate has expired\): check the host name in ES_URL, and the server's cert"),
     ],
 )
 def test_a_certificate_that_is_refused_is_reported_with_its_reason(
-    host: str, expired: bool, trusted: bool, message: str, scripts_on_file: Scripts
+    host: str, expired: bool, message: str, scripts_on_file: Scripts
 ) -> None:
     authority, folder = CA(), scripts_on_file.folder
-    ca = (authority if trusted else CA()).write(folder / "ca.pem")
+    ca = authority.write(folder / "ca.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.issue(folder, host, expired=expired))
     with HTTPServer(ssl_context=context) as server:
-        line = scripts_on_file.fail(2, ES_URL=f"https://localhost:{server.port}", ES_CA_CERT=str(ca))
+        line = scripts_on_file.both_fail(2, ES_URL=f"https://localhost:{server.port}", ES_CA_CERT=str(ca))
     assert f"The certificate of https://localhost:{server.port} cannot be verified (" in line
     assert re.search(message, line), line
     assert line.count("(") == line.count(")")
@@ -336,10 +337,10 @@ def test_what_is_not_elasticsearch_is_reported_in_one_line(
     answer: Response, code: int, message: str, scripts_on_file: Scripts, web: HTTPServer
 ) -> None:
     web.expect_request(re.compile(".*")).respond_with_response(answer)
-    line = scripts_on_file.fail(code, ES_URL=f"http://admin:hunter2@127.0.0.1:{web.port}")
+    line = scripts_on_file.both_fail(code, ES_URL=f"http://admin:hunter2@127.0.0.1:{web.port}")
     assert re.search(message, line), line
     assert "hunter2" not in line
-    line = scripts_on_file.fail(1, ES_URL=f"https://127.0.0.1:{web.port}")
+    line = scripts_on_file.both_fail(1, ES_URL=f"https://127.0.0.1:{web.port}")
     assert "If that port does not use TLS, ES_URL must begin with http://" in line
 
 

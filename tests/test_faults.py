@@ -71,7 +71,7 @@ def test_documents_that_are_rejected_for_now_are_sent_again(
     After some seconds each time, here sooner.
     """
     scripts = Scripts(tmp_path, environment(tmp_path) | elasticsearch_to_kill.environment)
-    sooner = patched(tmp_path, {"imagesearch.index.elasticsearch.REJECTED_WAITS": 30 * (0.2,)})
+    sooner = patched(tmp_path, {"imagesearch.index.elasticsearch.REJECTED_WAITS": 300 * (0.2,)})
     with scripts.index_template({"number_of_shards": 3}):
         stderr = scripts.create(new_python=True, **sooner)
     assert counts(stderr) == {"new": 31} and scripts.count() == 31
@@ -94,7 +94,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
         process.send_signal(signal.SIGINT)
     code, stderr = end(process)
     if is_interrupted:
-        assert code == 130 and time.monotonic() - started < 5
+        assert code == 130 and time.monotonic() - started < 20
     else:
         assert code == 1 and stderr.count("create.py:") == 1
         assert re.search(r"create.py: No answer from https://localhost:\d+ \(.+\)\.", stderr), stderr
@@ -182,9 +182,8 @@ def test_a_blocked_index_is_reported_with_what_to_do(
             new.unlink()
             gone.unlink()
         scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": True})
-        started = time.monotonic()
         stderr = scripts.create(*arguments, exits=1)
-        assert time.monotonic() - started < 20  # not two minutes, in which there may be room again
+        assert "rejected for now" not in stderr  # for two minutes, in which there may be room again
         assert counts(stderr) == {"unchanged": unchanged} and stderr.count("create.py:") == 1
         assert "cluster_block_exception" in stderr and "remove the index's block" in stderr
         scripts.request("PUT", f"{scripts.index}/_settings", {f"index.blocks.{block}": None})
@@ -228,14 +227,10 @@ def test_connections_that_end_do_not_end_a_search(many_on_elasticsearch: Scripts
     assert len(lines) == MANY
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_of_two_runs_with_different_models_one_is_refused(at_once: bool, scripts: Scripts, pictures: Pictures) -> None:
+def test_of_two_runs_at_once_with_different_models_one_is_refused(scripts: Scripts, pictures: Pictures) -> None:
     pictures(20)
     model = averaging_model(scripts.folder / "model.onnx")
-    first = scripts.start("create.py")
-    if not at_once:
-        wait_until(lambda: first.poll() is not None or scripts.count() > 0)
-    second = scripts.start("create.py", "--model", str(model))
+    first, second = scripts.start("create.py"), scripts.start("create.py", "--model", str(model))
     ends = [end(process) for process in (first, second)]
     assert sorted(code for code, _ in ends) == [0, 2], ends
     (refused,) = [stderr for code, stderr in ends if code == 2]
@@ -265,7 +260,7 @@ def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
     started = time.monotonic()
     ended, stderr = end(process)
     assert ended == code, stderr
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert re.search(
         r"^Interrupted: at least [\d,]+ new .*\. Run the command again to continue: what is stored is kept\.$",
         stderr,
@@ -356,7 +351,7 @@ def test_what_is_not_an_index_is_refused_and_left_alone(
     else:
         scripts_on_file.change(content)
     before = scripts_on_file.database.read_bytes()
-    assert line in scripts_on_file.fail(2)
+    assert line in scripts_on_file.both_fail(2)
     assert scripts_on_file.database.read_bytes() == before
 
 

@@ -88,20 +88,6 @@ def test_a_large_jpeg_at_reduced_scale_has_nearly_the_same_embedding(tmp_path: P
     assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
 
 
-@pytest.mark.slow
-def test_the_import_leaves_no_stubs_behind() -> None:
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from imagesearch.models.clip import import_imgbeddings
-import_imgbeddings()
-assert not {{"transformers", "sklearn", "huggingface_hub"}} & set(sys.modules), sys.modules.keys()
-import huggingface_hub
-assert huggingface_hub.hf_hub_download
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # Loading
 
 
@@ -118,8 +104,6 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None
         (tmp_path / "other.onnx").write_bytes(path.read_bytes().replace(name, name[::-1]))
         with pytest.raises(UsageError, match=name.decode()):
             load_model(str(tmp_path / "other.onnx"))
-    with pytest.raises(UsageError, match="no such file"):
-        load_model(str(tmp_path / "missing.onnx"))
 
 
 def test_a_model_with_weights_beside_it_is_refused(tmp_path: Path) -> None:

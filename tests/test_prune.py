@@ -102,17 +102,6 @@ def test_a_disk_that_is_unmounted_during_the_run_prunes_nothing(scripts_on_file:
     assert "more than the number of images there (0)" in stderr and "deleted" not in counts(stderr)
 
 
-def test_another_project_that_uses_the_same_file_prunes_nothing(
-    scripts: Scripts, six_images: list[Path], picture: Picture
-) -> None:
-    scripts.create()
-    picture("other/images/new.png")
-    scripts.folder /= "other"
-    assert counts(scripts.create("--prune")) == {"new": 1}  # under its own name
-    scripts.folder = scripts.home
-    assert counts(scripts.create("--prune")) == {"unchanged": 6}
-
-
 def test_a_part_prunes_only_what_is_its_own(scripts: Scripts, pictures: Pictures) -> None:
     paths = pictures(50)
     scripts.create()

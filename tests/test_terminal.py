@@ -58,7 +58,7 @@ def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
     states = [line for line in re.split(r"[\r\n]+", shown) if re.search(r"\d+/201", line)]
     done = [int(state.group(1)) for line in states if (state := re.search(r"(\d+)/201", line))]
     assert done == sorted(done) and done[-1] == 201 and "100%" in states[-1]
-    assert 1 < done[0] < 201 and len(set(done)) > 4
+    assert 0 < done[0] < 201 and len(set(done)) > 4
     assert all(len(line) <= 40 for line in states)
 
 
@@ -115,7 +115,7 @@ def test_a_terminal_shows_how_many_searches_are_done(many_on_file: Scripts) -> N
     many_on_file.create()
     many_on_file.environment |= patched(many_on_file.home, {"imagesearch.progress.BAR_AFTER_SECONDS": 0})
     code, shown = on_a_terminal(many_on_file, "search.py", *["images"] * 3, stdout="/dev/null")
-    assert code == 0 and re.search(rf"\d+/{3 * MANY} \[00:\d\d<", shown), shown[-300:]
+    assert code == 0 and re.search(rf"\d+/{3 * MANY} \[\d+:\d\d<", shown), shown[-300:]
 
 
 @pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])

@@ -69,14 +69,14 @@ def test_terraforms_own_tests_pass(initialized: Path) -> None:
 
 
 def test_secrets_and_state_stay_out_of_git() -> None:
-    names = (
+    names = [
         "terraform.tfvars",
         "my.auto.tfvars",
         "terraform.tfstate",
         "terraform.tfstate.backup",
         "x.tfplan",
         "ca.pem",
-    )
+    ]
     paths = [f"terraform/{name}" for name in names]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == paths

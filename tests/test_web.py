@@ -129,7 +129,3 @@ def test_what_may_become_larger_reserves_the_most(web: HTTPServer, monkeypatch: 
 def test_a_class_of_standard_input_may_be_asked_for(scripts_with_one_image: Scripts) -> None:
     done = scripts_with_one_image.shell("SEARCH - --desc images <images/a.png")
     assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
-    done = scripts_with_one_image.shell("SEARCH - </dev/null")
-    line = json.loads(done.stdout)
-    assert done.returncode == 1 and line["image"] == "-"
-    assert line["error"]["reason"] == "Cannot read standard input: it is empty"
