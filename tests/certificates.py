@@ -5,6 +5,7 @@ there is no keyUsage (seen in us-south on 2026-10-08).
 """
 
 import datetime
+import ipaddress
 from pathlib import Path
 
 from cryptography import x509
@@ -50,11 +51,10 @@ class CA:
     def issue(self, folder: Path, host: str, expired: bool = False) -> tuple[Path, Path]:
         """Writes a certificate for `host` and its key to `folder`; returns their paths."""
         key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         until = NOW - DAY if expired else NOW + 5 * DAY
         certificate, key_path = folder / "node.pem", folder / "key.pem"
-        certificate.write_bytes(
-            self._sign("node", key, until, [x509.SubjectAlternativeName([x509.DNSName(host)]), issuer])
-        )
+        certificate.write_bytes(self._sign("node", key, until, [x509.SubjectAlternativeName([name]), issuer]))
         key_path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return certificate, key_path

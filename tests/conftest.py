@@ -55,7 +55,10 @@ def started(make: Callable[[], AnyServer], untested: str) -> Iterator[AnyServer]
 
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[dict[str, str]]:
-    """The environment of an Elasticsearch with its administrator."""
+    """The environment of an Elasticsearch with its administrator: of TEST_ES_URL, or one that is started."""
+    if "TEST_ES_URL" in os.environ:
+        yield {"ES_URL": os.environ["TEST_ES_URL"], "ES_CA_CERT": os.environ.get("TEST_ES_CA_CERT", "")}
+        return
     with started(Elasticsearch, "most of it") as server:
         yield server.environment
 
@@ -69,7 +72,7 @@ def s3() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def _killed_server() -> Iterator[Elasticsearch]:
-    release = RELEASE_9 if jdks() and max(jdks())[0] >= 21 else RELEASE
+    release = RELEASE_9 if any(version >= 21 for version, _ in jdks()) else RELEASE
     # It takes one bulk request at a time for one shard, and lets one more wait.
     make = partial(Elasticsearch, release, thread_pool__write__size=1, thread_pool__write__queue_size=1)
     with started(make, "outages") as server:

@@ -40,7 +40,8 @@ def run(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) 
         finally:
             process.kill()
         texts = [path.read_text() if path.exists() else "" for path in paths]
-    return subprocess.CompletedProcess(arguments, process.exitcode or 0, *texts)
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
 def _run_script(arguments: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:

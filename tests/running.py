@@ -24,7 +24,7 @@ from imagesearch.records import document_id
 from tests import forked
 from tests.server import ROOT, request
 
-LEFT_OUT = ("ES_", "HF_", "AWS_", "OPENBLAS_", "PYTHON")  # variables that would lead the scripts elsewhere
+LEFT_OUT = ("ES_", "HF_", "TEST_", "AWS_", "OPENBLAS_", "PYTHON")  # variables that would lead the scripts elsewhere
 BROKEN = "Traceback|Error in sitecustomize"  # in stderr: of the scripts, or of what patches them
 MANY = 1000  # images of the fixture `many`
 

@@ -59,10 +59,10 @@ def test_db_is_refused_beside_es_url(scripts_on_file: Scripts) -> None:
 
 @pytest.mark.parametrize("script", ["create.py", "search.py"])
 def test_help_names_options_variables_and_examples_and_shows_no_secret(script: str, scripts_on_file: Scripts) -> None:
-    shown = scripts_on_file.run(script, "--help", ES_URL="https://admin:hunter2@localhost:9").stdout
-    assert "hunter2" not in shown
+    done = scripts_on_file.run(script, "--help", ES_URL="https://admin:hunter2@localhost:9")
+    assert done.returncode == 0 and "hunter2" not in done.stdout
     for name in ("--index", "--db", "--model", "--insecure", "ES_URL", "ES_CA_CERT", "ES_API_KEY", "examples:"):
-        assert name in shown
+        assert name in done.stdout
 
 
 def test_names_are_taken_as_users_write_them(scripts_on_file: Scripts, bird_images: list[Path]) -> None:

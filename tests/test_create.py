@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from imagesearch.parallel import available_cpus
 from tests.pictures import Picture, Pictures, averaging_model, image
@@ -262,3 +263,11 @@ def test_parts_at_once_are_disjoint_and_together_all(scripts: Scripts, pictures:
     assert sum(new) == 60 and min(new) >= 5  # each image was new to one part only
     assert counts(scripts.create("--part", "2/4")) == {"unchanged": new[1]}
     assert counts(scripts.create()) == {"unchanged": 60}
+
+
+def test_a_bare_folder_has_its_own_name_as_class(scripts_on_file: Scripts, picture: Picture) -> None:
+    picture("images/a.png")
+    scripts_on_file.create()
+    Image.new("RGB", (9, 9), "red").save(scripts_on_file.folder / "query.png")
+    (hit,) = scripts_on_file.hits("query.png")
+    assert hit["fields"] == {"file_path": ["./images/a.png"], "desc": ["images"]}

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pillow_heif
@@ -16,6 +17,7 @@ from PIL import Image
 from imagesearch import images
 from imagesearch.images import FORMATS, image_extensions, open_rgb
 from imagesearch.locations import local_path, path_from_text, path_to_text, quote_path
+from imagesearch.records import ImageFile
 from imagesearch.sources.folder import FolderSource
 from tests.pictures import Picture, Report, image, read_image
 from tests.server import ROOT
@@ -53,6 +55,12 @@ def test_images_are_found_at_any_depth_and_the_rest_is_skipped(tmp_path: Path, p
     link = "./one/up (a link to a folder already found)"
     assert sorted(report.skipped) == [link, ".txt", "hidden", "hidden", "not a regular file", "without extension"]
     assert sorted(report.unreadable) == ["./itself.png", "./nothing.png"]
+
+
+def test_an_image_is_identified_by_the_hash_of_its_path() -> None:
+    image_file = ImageFile("/p/images/Bald_Eagle/26897.jpg", "./images/Bald_Eagle/26897.jpg", "Bald_Eagle", 0, 0)
+    # printf %s ./images/Bald_Eagle/26897.jpg | sha256sum
+    assert image_file.id == "9e0c384358f493648659e69c18a44b8b52d78942c1fd7b57dcf7664041752bc6"
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "plain", "ünï", "back\\slash"])
@@ -97,20 +105,27 @@ def test_every_format_that_pillow_decodes_is_an_image_and_those_it_only_names_ar
     assert not {"EPS", "WMF", "PDF", "IPTC", "JPEG2000"} & set(FORMATS)
 
 
-NO_PROFILE = {"icc_profile": b"no profile"}
-
-
 @pytest.mark.parametrize(
-    ("kind", "modes"),
-    [("PNG", "1 L LA P RGB RGBA I;16"), ("JPEG", "L RGB CMYK"), ("TIFF", "I F YCbCr CMYK"), ("GIF", "P")]
-    + [(kind, "RGB") for kind in ("WEBP", "BMP", "TGA", "PPM", "AVIF", "MPO")],
+    ("kind", "mode", "size", "options"),
+    [
+        ("PNG", "RGB", (1, 1), {}),
+        ("PNG", "RGB", (1, 20000), {}),
+        ("PNG", "L", (20000, 1), {}),
+        ("JPEG", "CMYK", (50, 40), {}),
+        ("JPEG", "L", (500, 400), {"progressive": True}),
+        ("JPEG", "RGB", (50, 40), {"icc_profile": b"no profile at all"}),
+        *(("PNG", mode, (50, 40), {}) for mode in ("P", "1", "LA", "RGBA", "I;16")),
+        ("GIF", "P", (50, 40), {"interlace": 1}),
+        *(("TIFF", mode, (50, 40), {}) for mode in ("I", "F", "YCbCr", "CMYK")),
+        ("TIFF", "RGB", (50, 40), {"compression": "tiff_lzw"}),
+        *((kind, "RGB", (50, 40), {}) for kind in ("WEBP", "BMP", "TGA", "PPM", "AVIF", "MPO")),
+    ],
 )
-def test_what_pillow_reads_is_read(kind: str, modes: str) -> None:
-    """In all its forms, and of odd sizes."""
-    for mode in modes.split():
-        for size, options in (((50, 40), {}), ((1, 1), {"progressive": True, "interlace": 1}), ((1, 2000), NO_PROFILE)):
-            picture = image(size, 1).convert("L" if mode == "I;16" else mode).convert(mode)
-            assert read(saved(picture, kind, **options)).size
+def test_what_pillow_reads_is_read(kind: str, mode: str, size: tuple[int, int], options: dict[str, Any]) -> None:
+    picture = image(size, 1)
+    picture = picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+    pixels = read(saved(picture, kind, **options))
+    assert max(pixels.shape) > 0 and min(pixels.shape) > 0
 
 
 def test_a_heic_is_read() -> None:
@@ -162,6 +177,13 @@ def test_odd_exif_does_not_make_an_image_unreadable() -> None:
     directory += b"".join(struct.pack("<HHL", tag, kind, count) + value for tag, kind, count, value in entries)
     content = saved(image((60, 40), 3), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory + b"\0\0\0\0")
     assert read(content).shape == (60, 40, 3)
+    random = np.random.default_rng(1)
+    start = content.index(b"Exif\0\0") + 6
+    for _ in range(200):
+        damaged = bytearray(content)
+        for place in random.integers(start, start + len(directory) + 8, 4):
+            damaged[place] = random.integers(256)
+        assert set(read(bytes(damaged)).shape) == {40, 60, 3}
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -300,8 +322,10 @@ print(status("VmHWM") - before)
         ("progressive.jpg", "", (16_384, 12_288), 1300),
         ("a.png", "RGB", (12_000, 8_500), 1300),
         ("a.png", "RGBA", (12_000, 8_500), 1300),
+        ("a.png", "I;16", (12_000, 8_500), 1300),
         ("a.tif", "RGB", (12_000, 8_500), 1300),
-        ("long.png", "RGB", (60_000, 30), 200),  # which needs no square of its length
+        ("long.png", "RGB", (1, 65_535), 200),  # which needs no square of its length
+        ("long.png", "RGB", (60_000, 30), 200),
     ],
 )
 def test_a_large_image_takes_less_than_so_many_mb(
@@ -312,7 +336,9 @@ def test_a_large_image_takes_less_than_so_many_mb(
     if name.endswith(".jpg"):
         path.write_bytes(flat_jpeg(*size, progressive=name == "progressive.jpg"))
     else:
-        Image.new(mode, size, "teal").save(path, compress_level=1, compression="tiff_lzw", tiffinfo={274: 6})
+        picture = Image.new(mode, size) if mode == "I;16" else Image.new(mode, size, "teal")
+        picture.save(path, compress_level=1, compression="tiff_lzw", tiffinfo={274: 6})
+        del picture
     outcome, memory = peak_memory(path, threads=2 if mode else 1)
     assert outcome.startswith("(") and memory < most
 

@@ -104,6 +104,8 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tmp_path: Path) -> None
         (tmp_path / "other.onnx").write_bytes(path.read_bytes().replace(name, name[::-1]))
         with pytest.raises(UsageError, match=name.decode()):
             load_model(str(tmp_path / "other.onnx"))
+    with pytest.raises(UsageError, match="no such file"):
+        load_model(str(tmp_path / "missing.onnx"))
 
 
 def test_a_model_with_weights_beside_it_is_refused(tmp_path: Path) -> None:

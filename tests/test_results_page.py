@@ -73,10 +73,11 @@ def _is_own(request: Any) -> bool:
     return bool(request.is_navigation_request() or request.url.startswith("data:"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """The system's Chromium."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
     if not found:
         unavailable("no Chromium (Debian: apt-get install chromium); that leaves how the page looks untested")
     with sync_playwright() as playwright:
@@ -160,6 +161,25 @@ def test_names_are_broken_between_their_parts_and_beside_tall_pictures(
         for selector in (".query .picture", ".query h2")
     )
     assert abs(picture_top - text_top) < 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_contrast_enough(scheme: str) -> None:
+    """WCAG 2.2, 1.4.3: at least 4.5 to 1, on the paper and on the cards."""
+    style = (Path(results_page.__file__).parent / "page.css").read_text()
+    light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
+    colors = dict(re.findall(r"--(\w+): #([0-9a-f]+);", light if scheme == "light" else dark))
+
+    def luminance(name: str) -> float:
+        digits = colors[name] if len(colors[name]) == 6 else "".join(digit * 2 for digit in colors[name])
+        parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for ink in ("ink", "soft"):
+        for paper in ("paper", "card"):
+            low, high = sorted((luminance(ink), luminance(paper)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_a_hundred_photographs_make_a_small_page_soon(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from imagesearch.progress import KINDS_SHOWN, Progress
 from tests.pictures import Pictures
-from tests.running import MANY, Scripts, end, patched
+from tests.running import BROKEN, MANY, Scripts, end, patched
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def on_a_terminal(
     command = shlex.join([sys.executable, *scripts.arguments(script, *arguments)])
     command = shlex.quote(f"stty rows 24 cols {columns}; {command} >{stdout}")
     done = scripts.shell(f"script -qec {command} /dev/null", TERM="xterm", SHELL="/bin/sh")
-    assert "Traceback" not in done.stdout, done.stdout
+    assert not re.search(BROKEN, done.stdout), done.stdout
     return done.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
 
 

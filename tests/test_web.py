@@ -65,6 +65,7 @@ def test_queries_from_everywhere_are_answered_in_order(
         ("http://", None, "is not a valid http or https URL"),
         ("https://user:hunter2@host:99999/a.jpg", None, "is not a valid http or https URL"),
         ("https://user:hun/ter2@h/a.jpg", None, ""),
+        ("https://h:99999/", None, ""),
         ("http://127.0.0.1:9/a.png", None, "Connection refused"),
         ("https://127.0.0.1:{}/a.png", None, "that port does not use TLS: the URL must begin with http://"),
     ],
@@ -75,7 +76,9 @@ def test_a_url_that_cannot_be_read_is_one_line(
     if answer:
         web.expect_request("/a").respond_with_response(answer)
         query, reason = web.url_for("/a?t=hunter2"), f"Cannot read {web.url_for('/a')}: .*{reason}"
-    done = scripts_with_one_image.run("search.py", query.replace("{}", str(web.port)), "images/a.png")
+    web.expect_request("/good.png").respond_with_data(png(1))
+    queries = query.replace("{}", str(web.port)), web.url_for("/good.png")
+    done = scripts_with_one_image.run("search.py", *queries)
     first, second = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 1 and re.search(reason, first["error"]["reason"]), first
     assert not re.search("hunter2|ter2", done.stdout + done.stderr)
@@ -129,3 +132,7 @@ def test_what_may_become_larger_reserves_the_most(web: HTTPServer, monkeypatch: 
 def test_a_class_of_standard_input_may_be_asked_for(scripts_with_one_image: Scripts) -> None:
     done = scripts_with_one_image.shell("SEARCH - --desc images <images/a.png")
     assert json.loads(done.stdout)["hits"]["max_score"] == pytest.approx(1, abs=1e-6)
+    done = scripts_with_one_image.shell("SEARCH - </dev/null")
+    line = json.loads(done.stdout)
+    assert done.returncode == 1 and line["image"] == "-"
+    assert line["error"]["reason"] == "Cannot read standard input: it is empty"
