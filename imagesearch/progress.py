@@ -19,6 +19,9 @@ KINDS_SHOWN = 10  # kinds of skipped files
 LINE_INTERVAL_SECONDS = 30  # between progress lines, if stderr is not a terminal
 BAR_AFTER_SECONDS = 2  # so that its first rate is not that of one image
 
+# Its own has a semaphore as well, which macOS and Python 3.14 report as leaked, since the scripts end by os._exit.
+tqdm.set_lock(threading.RLock())
+
 
 def open_bar(images: Iterable[object]) -> tqdm:
     """Returns a bar on stderr. How many `images` there are is counted on a thread of its own."""

@@ -135,12 +135,16 @@ def test_clip_that_cannot_be_downloaded_names_both_ways_on(scripts: Scripts, bir
 
 
 def test_a_run_says_which_index_and_model_are_used_and_what_it_did(scripts: Scripts, picture: Picture) -> None:
-    """In two lines, without a terminal; without a rate, if there is little to do."""
+    """In two lines, without a terminal; without a rate, if there is little to do.
+
+    With the start method of macOS, Python itself would report a semaphore that nobody has closed.
+    """
     picture("images/a.png")
+    spawning = patched(scripts.folder, source='import multiprocessing; multiprocessing.set_start_method("spawn")')
     where = r"https://localhost:\d+" if scripts.on_elasticsearch else rf"{scripts.index}\.db"
     first = rf"Index {scripts.index} in {where}, made with the model thumbnail \(a baseline, not CLIP\)\.\n"
     for number in ("1 new", "0 new, 1 unchanged"):
-        stderr = scripts.create()
+        stderr = scripts.create(new_python=True, **spawning)
         last = rf"{number} in \d+\.\d s; index {scripts.index}, the model thumbnail"
         assert re.match(first, stderr) and re.match(last, summary(stderr))
         assert scripts.on_elasticsearch or stderr.count("\n") == 2
