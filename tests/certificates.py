@@ -12,14 +12,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
 class CA:
@@ -35,9 +30,8 @@ class CA:
         self, name: str, key: ec.EllipticCurvePrivateKey, until: datetime.datetime, extensions: list[x509.ExtensionType]
     ) -> bytes:
         """Returns a certificate for this name and key, as PEM."""
-        builder = x509.CertificateBuilder(
-            _name("Tests' CA"), _name(name), key.public_key(), x509.random_serial_number()
-        )
+        issuer, subject = (x509.Name.from_rfc4514_string(f"CN={each}") for each in ("Tests' CA", name))
+        builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(NOW - 9 * DAY).not_valid_after(until)
         for extension in extensions:
             builder = builder.add_extension(extension, critical=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,10 +17,8 @@ from pytest_httpserver import HTTPServer
 from tests.pictures import Picture, Pictures, averaging_model, image
 from tests.running import MANY, Scripts, environment
 from tests.server import RELEASE, RELEASE_9, S3, Bucket, Elasticsearch, UnavailableError, jdks
-from tests.tcp_proxy import TcpProxy
 from tools.clip_model import build
-
-AnyServer = TypeVar("AnyServer", Elasticsearch, S3)
+from tools.tcp_proxy import TcpProxy
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`; the scripts would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,7 +41,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @contextmanager
-def started(make: Callable[[], AnyServer], untested: str) -> Iterator[AnyServer]:
+def started(make: Callable[[], Any], untested: str) -> Iterator[Any]:
     """Starts a server, or skips the test if there can be none here."""
     try:
         server = make()

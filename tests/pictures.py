@@ -15,20 +15,6 @@ Picture = Callable[..., Path]
 Pictures = Callable[..., list[Path]]
 
 
-class Report:
-    """Keeps what a listing leaves out: the kinds that are skipped, and why something cannot be read."""
-
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-        self.unreadable: dict[str, str] = {}
-
-    def count_skipped(self, kind: str) -> None:
-        self.skipped.append(kind)
-
-    def count_unreadable(self, name: str, reason: str) -> None:
-        self.unreadable[name] = reason
-
-
 def image(size: tuple[int, int], seed: int) -> Image.Image:
     """A picture with large colored patches, as different from another seed's as two photographs."""
     patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)

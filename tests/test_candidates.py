@@ -71,16 +71,12 @@ def test_together_is_as_alone(
     assert differences(path, searches) == 0
 
 
-def test_without_the_margin_neighbors_would_be_lost(
-    path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_margin_some_are_lost(path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "MARGIN", 0.0)
     assert differences(path, [Search(query, 20) for query in embeddings[::20]]) > 0
 
 
-def test_a_search_with_too_many_candidates_is_done_alone(
-    path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_candidates_search_alone(path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """As among thousands of copies of one picture; memory stays bounded."""
     monkeypatch.setattr(candidates, "MAX_CANDIDATES", 1000)
     whole = Candidates(embeddings[:50], 1, -1.0)

@@ -64,7 +64,7 @@ def run(project: Scripts, commands: str) -> str:
 # README
 
 
-def test_its_commands_lead_from_pictures_to_the_closest_match(hub: dict[str, str], project_on_file: Scripts) -> None:
+def test_readme_leads_from_pictures_to_the_closest_match(hub: dict[str, str], project_on_file: Scripts) -> None:
     """The first commands of a newcomer as they stand, with CLIP from a hub on this machine."""
     project = project_on_file
     for seed in range(6):
@@ -94,7 +94,7 @@ def form(value: object) -> object:
     return [form(each) for each in value] if isinstance(value, list) else type(value)
 
 
-def test_its_bucket_commands_work_on_a_local_server(s3: dict[str, str], project: Scripts) -> None:
+def test_readmes_bucket_commands_work_on_a_local_server(s3: dict[str, str], project: Scripts) -> None:
     """The exports are those of a local server."""
     exports, commands = blocks(README[README.index("## Images in a bucket") :])[:2]
     assert set(re.findall(r"(\w+)=", exports)) <= s3.keys()
@@ -104,7 +104,7 @@ def test_its_bucket_commands_work_on_a_local_server(s3: dict[str, str], project:
     assert '"file_path": ["s3://birds/photos/3.jpg"], "desc": ["photos"]' in shown
 
 
-def test_its_guard_keeps_what_is_no_url_out_of_es_url() -> None:
+def test_readmes_guard_keeps_what_is_no_url_out_of_es_url() -> None:
     """In a folder without state, `terraform output -raw` prints a warning and exits with 0."""
     guard = next(line for line in README.splitlines() if line.startswith("case"))
     for value, kept in (("https://admin:x@host:1", True), ("╷ Warning: No outputs found", False), ("", False)):

@@ -52,7 +52,7 @@ def test_the_scripts_work_with_a_ca_like_ibm_clouds(scripts_on_elasticsearch: Sc
     assert scripts_on_elasticsearch.hits(path)[0]["_score"] == pytest.approx(1, abs=1e-6)
 
 
-def test_the_index_is_as_pinned(scripts_on_elasticsearch: Scripts, pictures: Pictures) -> None:
+def test_mappings_and_settings_are_as_intended(scripts_on_elasticsearch: Scripts, pictures: Pictures) -> None:
     """Beside what an index template has for it: shards, replicas, and other people's _meta."""
     scripts = scripts_on_elasticsearch
     pictures(20)
@@ -78,9 +78,7 @@ def test_the_index_is_as_pinned(scripts_on_elasticsearch: Scripts, pictures: Pic
 
 
 @pytest.mark.parametrize("index_type", INDEX_TYPES)
-def test_an_index_has_the_type_that_is_asked_for(
-    index_type: str, scripts_on_elasticsearch: Scripts, pictures: Pictures
-) -> None:
+def test_an_index_has_the_type_given(index_type: str, scripts_on_elasticsearch: Scripts, pictures: Pictures) -> None:
     scripts, paths = scripts_on_elasticsearch, pictures(30)
     scripts.create("--index-type", index_type)
     mappings = scripts.request("GET", f"{scripts.index}/_mapping")[scripts.index]["mappings"]
@@ -162,9 +160,7 @@ def test_another_model_takes_over_without_a_gap(scripts_on_elasticsearch: Script
     assert scripts.request("GET", f"{scripts.index}*?ignore_unavailable=true") == {}
 
 
-def test_an_open_index_stays_the_one_that_its_alias_pointed_to(
-    scripts_on_elasticsearch: Scripts, picture: Picture
-) -> None:
+def test_an_open_index_stays_the_one_its_alias_pointed_to(scripts_on_elasticsearch: Scripts, picture: Picture) -> None:
     """Whose model was checked; for what is searched, written and deleted."""
     scripts, image = scripts_on_elasticsearch, ImageFile("", "./new.png", "", 1, 1)
     picture("images/3.png")
@@ -185,9 +181,7 @@ def test_an_open_index_stays_the_one_that_its_alias_pointed_to(
 
 
 @pytest.mark.xdist_group("elasticsearch_to_kill")
-def test_elasticsearch_9_serves_as_8_does(
-    elasticsearch_to_kill: Elasticsearch, tmp_path: Path, pictures: Pictures
-) -> None:
+def test_elasticsearch_9_is_as_8(elasticsearch_to_kill: Elasticsearch, tmp_path: Path, pictures: Pictures) -> None:
     if not elasticsearch_to_kill.release.startswith("9"):
         pytest.skip("there is no JDK 21 or newer here; that leaves Elasticsearch 9 untested")
     scripts = Scripts(tmp_path, environment(tmp_path) | elasticsearch_to_kill.environment)
@@ -357,9 +351,7 @@ def test_what_is_not_elasticsearch_is_reported_in_one_line(
     assert "If that port does not use TLS, ES_URL must begin with http://" in line
 
 
-def test_a_missing_shard_is_said_and_is_no_empty_index(
-    scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture
-) -> None:
+def test_a_missing_shard_is_reported(scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture) -> None:
     scripts, path = scripts_on_elasticsearch, picture("images/a.png")
     scripts.create()
     headers = {"X-Elastic-Product": "Elasticsearch"}
@@ -388,9 +380,7 @@ def test_a_shard_that_no_node_may_hold_is_named(scripts_on_elasticsearch: Script
     assert done.returncode == 1 and "has no active shard 0" in done.stderr
 
 
-def test_insecure_goes_on_without_the_ca_and_says_so(
-    scripts_on_elasticsearch: Scripts, bird_images: list[Path]
-) -> None:
+def test_insecure_works_without_the_ca_and_says_so(scripts_on_elasticsearch: Scripts, bird_images: list[Path]) -> None:
     scripts = scripts_on_elasticsearch
     assert "Warning: --insecure does not verify" in scripts.create("--insecure", ES_CA_CERT="")
     done = scripts.run("search.py", bird_images[0], "--insecure", ES_CA_CERT="")

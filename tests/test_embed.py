@@ -88,9 +88,7 @@ def test_an_embedding_that_cannot_be_compared_is_reported(value: float) -> None:
         Embedder(lambda: CountingModel(value)).embed(opened(png(1)), {})
 
 
-def test_what_is_known_or_recent_is_copied_and_the_model_is_loaded_once_if_it_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_known_or_recent_is_copied_and_the_model_loaded_once_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "RECENT_SIZE", 2)
     loaded = list[Model]()
 
@@ -144,9 +142,7 @@ def test_what_takes_long_is_written_now_and_then(tmp_path: Path, create: Any, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpus", [2, 64])
-def test_open_files_stay_below_the_limit_on_any_machine(
-    cpus: int, create: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_files_are_limited(cpus: int, create: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS allows a process 256."""
     monkeypatch.setattr(create, "available_cpus", lambda: cpus)
     monkeypatch.setattr(embed, "available_cpus", lambda: cpus)

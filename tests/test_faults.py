@@ -20,7 +20,7 @@ from imagesearch.index import sqlite
 from tests.pictures import Picture, Pictures, averaging_model
 from tests.running import FEWER_RETRIES, MANY, Scripts, counts, end, environment, patched, read_until, wait_until
 from tests.server import ROOT, Elasticsearch, send
-from tests.tcp_proxy import TcpProxy
+from tools.tcp_proxy import TcpProxy
 
 pytestmark = pytest.mark.slow
 
@@ -78,22 +78,20 @@ def test_documents_that_are_rejected_for_now_are_sent_again(scripts_to_kill: Scr
     assert scripts_to_kill.count() == MANY // 4
 
 
-@pytest.mark.parametrize("is_interrupted", [False, True])
-def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
-    is_interrupted: bool, many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy
-) -> None:
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_a_server_that_stays_away_ends_a_run(ctrl_c: bool, many_on_elasticsearch: Scripts, tcp_proxy: TcpProxy) -> None:
     """After two minutes, here after the first retries; at once by Ctrl-C."""
     scripts = many_on_elasticsearch
-    source = "" if is_interrupted else FEWER_RETRIES
+    source = "" if ctrl_c else FEWER_RETRIES
     process = scripts.start_paused(source=source, **scripts.behind(tcp_proxy.port))
     tcp_proxy.stop()
     scripts.go_on()
-    if is_interrupted:
+    if ctrl_c:
         read_until(process, "Retrying")
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
     code, stderr = end(process)
-    if is_interrupted:
+    if ctrl_c:
         assert code == 130 and time.monotonic() - started < 5
     else:
         assert code == 1 and stderr.count("create.py:") == 1
@@ -118,9 +116,7 @@ def test_a_server_is_given_up_once(scripts_on_elasticsearch: Scripts, tcp_proxy:
     assert seconds[0] > 4 and max(seconds[1:]) < 2
 
 
-def behind_failing_proxy(
-    web: HTTPServer, scripts: Scripts, *failing: str, times: int = 2, status: int = 502
-) -> list[str]:
+def failing_proxy(web: HTTPServer, scripts: Scripts, *failing: str, times: int = 2, status: int = 502) -> list[str]:
     """Makes `web` a proxy in front of Elasticsearch, which fails some times for each kind of request that is named.
 
     With status 200, its response breaks off. Returns the list of the requests that have failed so far.
@@ -149,7 +145,7 @@ def test_a_502_or_half_a_response_now_and_then_ends_neither_script(
     status: int, times: int, scripts_on_elasticsearch: Scripts, web: HTTPServer, bird_images: list[Path]
 ) -> None:
     scripts = scripts_on_elasticsearch
-    failed = behind_failing_proxy(web, scripts, "_bulk", "_search", "_refresh", times=times, status=status)
+    failed = failing_proxy(web, scripts, "_bulk", "_search", "_refresh", times=times, status=status)
     assert counts(scripts.create()) == {"new": 31}
     assert sorted(failed) == times * ["_bulk"] + times * ["_refresh"] + times * ["_search"]
     failed.clear()
@@ -158,21 +154,19 @@ def test_a_502_or_half_a_response_now_and_then_ends_neither_script(
     assert failed == times * ["_search"] and (scripts.folder / "page.html").exists()
 
 
-def test_an_overloaded_server_is_given_up_after_one_round_of_retries(
+def test_an_overloaded_server_is_given_up_once(
     scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture
 ) -> None:
     """Whole bulk requests that are rejected, which the client's helper would repeat once more for each retry."""
     scripts = scripts_on_elasticsearch
     picture("images/a.png")
-    behind_failing_proxy(web, scripts, "_bulk", times=100, status=429)
+    failing_proxy(web, scripts, "_bulk", times=100, status=429)
     stderr = scripts.create(exits=1, new_python=True, **patched(scripts.folder, source=FEWER_RETRIES))
     assert "Retrying a request to Elasticsearch: HTTP 429" in stderr and "answered HTTP 429)" in stderr
     assert sum(request.path.endswith("_bulk") for request, _ in web.log) == 3
 
 
-def test_a_blocked_index_is_reported_with_what_to_do(
-    scripts_on_elasticsearch: Scripts, pictures: Pictures, picture: Picture
-) -> None:
+def test_a_blocked_index_is_reported(scripts_on_elasticsearch: Scripts, pictures: Pictures, picture: Picture) -> None:
     """As Elasticsearch blocks it when the disk is full; or as its owner does, whose block forbids deletions too."""
     scripts, (gone, _) = scripts_on_elasticsearch, pictures(2)
     scripts.create()
@@ -192,9 +186,7 @@ def test_a_blocked_index_is_reported_with_what_to_do(
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_an_index_that_is_deleted_or_replaced_during_a_run_ends_it(
-    is_replaced: bool, many_on_elasticsearch: Scripts
-) -> None:
+def test_an_index_that_is_deleted_or_replaced_ends_a_run(is_replaced: bool, many_on_elasticsearch: Scripts) -> None:
     """What was written before is gone, though every request may be answered."""
     scripts = many_on_elasticsearch
     process = scripts.start_paused()
@@ -271,9 +263,7 @@ def test_two_runs_at_once_end_well(many: Scripts) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_counts_what_is_stored_and_the_next_goes_on(
-    number: signal.Signals, code: int, many: Scripts
-) -> None:
+def test_an_interrupted_run_counts_what_is_stored(number: signal.Signals, code: int, many: Scripts) -> None:
     process = many.start_paused()
     process.send_signal(number)
     started = time.monotonic()
@@ -362,9 +352,7 @@ OLD_VERSION = f"CREATE TABLE indexes (name); PRAGMA application_id = {sqlite.APP
         (OLD_VERSION, "was made by another version of create.py: delete it or move it away, then run create.py again"),
     ],
 )
-def test_what_is_not_an_index_is_refused_and_left_alone(
-    content: bytes | str, line: str, scripts_on_file: Scripts
-) -> None:
+def test_what_is_no_index_is_refused_and_left_alone(content: bytes | str, line: str, scripts_on_file: Scripts) -> None:
     if isinstance(content, bytes):
         scripts_on_file.database.write_bytes(content)
     else:
@@ -384,9 +372,7 @@ def test_what_is_not_an_index_is_refused_and_left_alone(
         *(pytest.param(part, id=f"1/{part} of it") for part in (2, 3, 10)),
     ],
 )
-def test_a_damaged_truncated_or_hostile_index_is_reported_in_one_line(
-    damage: str | int, scripts_on_file: Scripts, pictures: Pictures
-) -> None:
+def test_a_bad_or_hostile_index_is_one_line(damage: str | int, scripts_on_file: Scripts, pictures: Pictures) -> None:
     pictures(100)
     scripts_on_file.create()
     if isinstance(damage, str):

@@ -146,9 +146,7 @@ print(*({{"huggingface_hub", "transformers", "sklearn"}} & set(sys.modules)))
 
 
 @pytest.mark.slow
-def test_clip_is_downloaded_once_and_then_found_without_the_hub(
-    hub: dict[str, str], web: HTTPServer, tmp_path: Path
-) -> None:
+def test_clip_is_downloaded_once_then_found_offline(hub: dict[str, str], web: HTTPServer, tmp_path: Path) -> None:
     sha256 = hashlib.sha256((tmp_path / "hub.onnx").read_bytes()).hexdigest()
     assert load_in_a_process(hub | {"HF_TOKEN": "hf_secret"}).stdout == f"{sha256}\nhuggingface_hub\n"
     assert web.log and not any("Authorization" in request.headers for request, _ in web.log)
@@ -285,9 +283,7 @@ def test_a_convolution_that_a_product_of_patches_does_not_equal_is_kept(change: 
 
 
 @pytest.mark.slow
-def test_a_cpu_that_saturates_keeps_the_weights_and_rewrites_nothing(
-    small_clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_that_saturates_keeps_the_weights(small_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Saturating:
         """Adds pairs of products in 16 bits, as vpmaddubsw does on a CPU without VNNI."""
 
@@ -345,9 +341,7 @@ def test_what_breaks_off_leaves_nothing(small_clip: Path, monkeypatch: pytest.Mo
     assert [path.name for path in cache_folder().glob("*.tmp")] == [f"{prepared.name}.imagesearch-2-2.tmp"]
 
 
-def test_without_a_cache_folder_the_original_is_used(
-    small_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_cache_the_original_is_used(small_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert np.array_equal(load_model(str(small_clip)).create_embedding(PIXELS[0]), unmodified(small_clip)[0])

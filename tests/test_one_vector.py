@@ -95,9 +95,7 @@ clip.Clip.create_embedding = interrupting
 """
 
 
-def test_an_interrupted_and_resumed_run_makes_the_same_vectors(
-    scripts_on_pictures: Scripts, tmp_path: Path, expected: Expected
-) -> None:
+def test_a_resumed_run_makes_the_same_vectors(scripts_on_pictures: Scripts, tmp_path: Path, expected: Expected) -> None:
     scripts_on_pictures.create(exits=130, new_python=True, **patched(tmp_path, source=INTERRUPTING))
     stored = scripts_on_pictures.count()
     assert 0 < stored < COUNT

@@ -124,9 +124,7 @@ def test_the_last_chunks_are_smaller() -> None:
     ("quota", "expected"),
     [(None, 6), ("max 100000\n", 6), ("250000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 6)],
 )
-def test_available_cpus_are_those_that_this_process_may_use(
-    quota: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_available_cpus_heed_the_quota(quota: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_text(path: Path) -> str:
         if quota is None or str(path) != "/sys/fs/cgroup/cpu.max":
             raise FileNotFoundError

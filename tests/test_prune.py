@@ -44,9 +44,7 @@ def test_unreadable_files_are_not_among_documents_without_an_image(scripts: Scri
     assert scripts.count() == 5  # the damaged one keeps its document
 
 
-def test_what_cannot_be_read_is_kept_and_does_not_keep_the_rest(
-    scripts: Scripts, six_images: list[Path], pictures: Pictures
-) -> None:
+def test_only_what_cannot_be_read_is_kept(scripts: Scripts, six_images: list[Path], pictures: Pictures) -> None:
     """`images/usb` is a link to a disk that is unplugged; lost+found can be read by its owner only."""
     pictures(3, folder="disk/deep")
     (scripts.folder / "images" / "usb").symlink_to(scripts.folder / "disk")
@@ -72,9 +70,7 @@ def test_an_emptied_folder_is_pruned_only_on_request(scripts: Scripts, six_image
     assert "No such file or directory" in scripts.create("--prune-all", exits=2)  # an unmounted disk
 
 
-def test_more_documents_than_images_are_deleted_only_on_request(
-    scripts: Scripts, six_images: list[Path], picture: Picture
-) -> None:
+def test_a_large_loss_is_pruned_only_on_request(scripts: Scripts, six_images: list[Path], picture: Picture) -> None:
     """As with a disk that is not mounted, or a subfolder that was moved away by mistake; refused each time."""
     scripts.create()
     shutil.rmtree(scripts.folder / "images")

@@ -52,18 +52,6 @@ def test_no_url_to_search_for_shows_its_password(scheme: str, before: str, after
     assert "SECRET" not in without_credentials(f"ftp://admin:{before}SECRET{after}@host/a.png")
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["s3://user:SECRET@birds/a.jpg", "s3://user:SE/CRET@birds", "s3://u:SECRET@birds", "http://u:SE/CRET@h/a.png"],
-)
-def test_a_query_with_a_password_is_refused_without_it(url: str, scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/a.png")
-    scripts_on_file.create()
-    done = scripts_on_file.run("search.py", url)
-    assert done.returncode == 1 and done.stdout.count("\n") == 1
-    assert "SECRET" not in done.stdout + done.stderr and "CRET@" not in done.stdout + done.stderr
-
-
 # Addresses
 
 

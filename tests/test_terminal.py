@@ -43,9 +43,7 @@ def on_a_terminal(
     return done.returncode, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
 
 
-def test_the_bar_counts_what_is_embedded_and_ends_at_100_percent(
-    scripts_on_file: Scripts, pictures: Pictures, small_clip: Path
-) -> None:
+def test_the_bar_counts_what_is_embedded(scripts_on_file: Scripts, pictures: Pictures, small_clip: Path) -> None:
     """It begins when there is a rate to tell, here after half a second; broken links are not counted."""
     pictures(200)
     (scripts_on_file.folder / "images" / "bad.png").write_bytes(b"no image")
@@ -119,9 +117,7 @@ def test_a_terminal_shows_how_many_searches_are_done(many_on_file: Scripts) -> N
 
 
 @pytest.mark.parametrize("closing", ["2>&-", "2>/dev/full", "2>/dev/full <&-"])
-def test_messages_that_cannot_be_written_are_dropped(
-    closing: str, scripts_on_file: Scripts, bird_images: list[Path]
-) -> None:
+def test_unwritable_messages_are_dropped(closing: str, scripts_on_file: Scripts, bird_images: list[Path]) -> None:
     search = f"SEARCH missing.png {bird_images[0]}"
     for command, code, lines in ((f"CREATE {closing}", 0, 0), (f"{search} {closing}", 1, 2)):
         done = scripts_on_file.shell(command)

@@ -54,14 +54,10 @@ def test_the_configuration_is_formatted() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_configuration_is_valid(initialized: Path) -> None:
-    done = terraform("validate", folder=initialized)
-    assert done.returncode == 0, done.stderr
-
-
-def test_terraforms_own_tests_pass(initialized: Path) -> None:
-    done = terraform("test", folder=initialized)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_configuration_is_valid_and_its_own_tests_pass(initialized: Path) -> None:
+    for command in ("validate", "test"):
+        done = terraform(command, folder=initialized)
+        assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"Success! (\d+) passed, 0 failed", done.stdout)
     assert passed
     runs = sum(path.read_text().count('\nrun "') for path in FOLDER.glob("tests/*.tftest.hcl"))

@@ -66,6 +66,7 @@ def test_queries_from_everywhere_are_answered_in_order(
         ("https://user:hunter2@host:99999/a.jpg", None, "is not a valid http or https URL"),
         ("https://user:hun/ter2@h/a.jpg", None, ""),
         ("https://h:99999/", None, ""),
+        *((f"s3://{user}@birds", None, "must look like") for user in ("u:hunter2", "u:hun/ter2", "user:hunter2")),
         ("http://127.0.0.1:9/a.png", None, "Connection refused"),
         ("https://127.0.0.1:{}/a.png", None, "that port does not use TLS: the URL must begin with http://"),
     ],

@@ -28,10 +28,10 @@ from imagesearch.index.connection import Connection
 from imagesearch.records import Search
 from tests.running import environment
 from tests.server import ROOT, S3, Bucket, Elasticsearch
-from tests.tcp_proxy import TcpProxy
 from tools.clip_model import build
 from tools.embeddings import clustered, nearest, recall
 from tools.neighbors import load_index, numbers
+from tools.tcp_proxy import TcpProxy
 
 PHOTOGRAPHS, LARGE, PLAIN = 1000, 200, 20  # images; plain imgbeddings is measured on so many
 FILES, EMBEDDINGS, QUERIES = 100_000, 100_000, 100
