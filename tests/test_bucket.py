@@ -119,7 +119,7 @@ def test_unusual_keys_are_preserved(scripts_on_file: Scripts, bucket: Bucket) ->
         *(({}, url, r"The URL of a bucket must look like") for url in ("s3://", "s3://birds?x=1", "s3://birds:80/a")),
     ],
 )
-def test_what_is_wrong_is_reported_in_one_line(
+def test_a_wrong_bucket_url_or_key_is_one_line(
     environment: dict[str, str], url: str, message: str, scripts_on_file: Scripts, bucket: Bucket
 ) -> None:
     bucket.put({"a.png": png(1)})

@@ -57,7 +57,7 @@ def differences(path: Path, searches: list[Search]) -> int:
         {"k": 5, "desc": "none"},
     ],
 )
-def test_together_is_as_alone(
+def test_many_searches_find_what_each_finds_alone(
     options: dict[str, Any], ranges: int, path: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "available_cpus", lambda: ranges)

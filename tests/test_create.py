@@ -236,9 +236,11 @@ def test_folders_that_link_to_each_other_are_searched_once(scripts_on_file: Scri
 
 
 def test_a_local_index_is_one_file(scripts_on_file: Scripts, bird_images: list[Path]) -> None:
-    """Named after the index; deleted by deleting the file, replaced by renaming another."""
+    """Named after the index; deleted by deleting the file, replaced by renaming another. An empty file becomes one."""
     scripts, folder = scripts_on_file, scripts_on_file.folder
-    scripts.create("--index", "birds")
+    (folder / "birds.db").touch()
+    assert scripts.run("search.py", bird_images[0], "--index", "birds").returncode == 2
+    assert counts(scripts.create("--index", "birds")) == {"new": 31}
     scripts.create("--db", folder / "other.db", "--images", "images/Osprey")
     assert sorted(path.name for path in folder.glob("*.db*")) == ["birds.db", "other.db"]
     assert scripts.search(bird_images[0], "--index", "birds")[0]["hits"]["hits"][0]["_index"] == "birds"

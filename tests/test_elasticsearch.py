@@ -29,6 +29,7 @@ from tests.certificates import CA
 from tests.pictures import Picture, Pictures, averaging_model
 from tests.running import FEWER_RETRIES, Scripts, counts, environment, patched
 from tests.server import PASSWORD, ROLES, ROOT, Elasticsearch
+from tests.test_documents import blocks
 from tools.embeddings import SHAPES, nearest, recall
 from tools.neighbors import load_index, numbers
 
@@ -120,12 +121,9 @@ def test_an_index_that_is_not_ours_is_refused_and_left_alone(scripts_on_elastics
 
 def run_block(document: str, beginning: str, scripts: Scripts) -> "subprocess.Popen[str]":
     """Starts the block of commands in `document` that begins so, with the test's index in place of `images`."""
-    found = re.search(
-        rf"^```sh\n({re.escape(beginning)}.*?)^```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert found
+    block = next(block for block in blocks((ROOT / document).read_text()) if block.startswith(beginning))
     ours = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'create.py'))}"
-    commands = found[1].replace("images", scripts.index).replace("python3 create.py", ours)
+    commands = block.replace("images", scripts.index).replace("python3 create.py", ours)
     command = ["bash", "-ec", f"ES_INDEX={scripts.index}; {commands}"]
     return subprocess.Popen(command, cwd=scripts.folder, env=scripts.environment, stdout=subprocess.PIPE, text=True)
 

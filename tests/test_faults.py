@@ -154,9 +154,7 @@ def test_a_502_or_half_a_response_now_and_then_ends_neither_script(
     assert failed == times * ["_search"] and (scripts.folder / "page.html").exists()
 
 
-def test_an_overloaded_server_is_given_up_once(
-    scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture
-) -> None:
+def test_429_has_one_round_of_retries(scripts_on_elasticsearch: Scripts, web: HTTPServer, picture: Picture) -> None:
     """Whole bulk requests that are rejected, which the client's helper would repeat once more for each retry."""
     scripts = scripts_on_elasticsearch
     picture("images/a.png")
@@ -300,18 +298,6 @@ def test_ctrl_c_at_any_moment_ends_without_a_traceback(arguments: tuple[str, ...
     assert codes != {0}
 
 
-def test_an_interrupted_run_leaves_no_journal(many_on_file: Scripts) -> None:
-    """Which SQLite would roll into another file that takes the place of this one."""
-    for number in range(8):
-        process = many_on_file.start("create.py")
-        wait_until(lambda: process.poll() is not None or many_on_file.count() > 100)  # noqa: B023
-        time.sleep(0.003 * number)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() in (143, 0)
-        assert not list(many_on_file.database.parent.glob("*-journal"))
-        many_on_file.database.unlink()
-
-
 def test_ctrl_c_is_no_error_if_stderr_is_closed(many_on_file: Scripts) -> None:
     """As with `2>&1 | tee log`, which the same Ctrl-C ends first."""
     process = many_on_file.start_paused()
@@ -321,15 +307,17 @@ def test_ctrl_c_is_no_error_if_stderr_is_closed(many_on_file: Scripts) -> None:
     assert process.wait() == 130
 
 
-def test_killed_at_any_moment_the_local_file_opens_and_the_next_run_goes_on(many_on_file: Scripts) -> None:
-    chance = random.Random(5)
-    for _ in range(4):
-        before = many_on_file.count()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whenever_a_run_is_ended_the_local_file_is_whole(number: signal.Signals, many_on_file: Scripts) -> None:
+    """After SIGTERM without a journal, which SQLite would roll into another file that takes the place of this one."""
+    for attempt in range(8):
+        many_on_file.database.unlink(missing_ok=True)
         process = many_on_file.start("create.py")
-        wait_until(lambda: process.poll() is not None or many_on_file.count() > before)  # noqa: B023
-        time.sleep(0.1 * chance.random())
-        process.kill()
-        process.wait()
+        wait_until(lambda: process.poll() is not None or many_on_file.count() > 100)  # noqa: B023
+        time.sleep(0.003 * attempt)
+        process.send_signal(number)
+        assert process.wait() in (0, 143, -signal.SIGKILL)
+        assert number == signal.SIGKILL or not list(many_on_file.home.glob("*-journal"))
         with contextlib.closing(sqlite3.connect(many_on_file.database)) as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     many_on_file.create()
@@ -385,13 +373,6 @@ def test_a_bad_or_hostile_index_is_one_line(damage: str | int, scripts_on_file: 
         assert done.returncode in (1, 2) and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         assert scripts_on_file.database.name in done.stderr
         assert isinstance(damage, str) or (done.returncode == 2 and DAMAGED in done.stderr)
-
-
-def test_an_empty_file_becomes_an_index(scripts_on_file: Scripts, picture: Picture) -> None:
-    picture("images/a.png")
-    scripts_on_file.database.touch()
-    assert scripts_on_file.run("search.py", "images/a.png").returncode == 2
-    assert counts(scripts_on_file.create()) == {"new": 1}
 
 
 def test_a_full_disk_is_reported_in_one_line_and_the_next_run_goes_on(many_on_file: Scripts) -> None:

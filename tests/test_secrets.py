@@ -1,7 +1,6 @@
 """No password and no key is ever shown or kept; what an address may be."""
 
 import re
-import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -104,8 +103,3 @@ def test_the_certificate_file_must_be_one(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "ca.pem", "PEM"), (tmp_path / "missing.pem", "No such file"), (tmp_path, "PEM|dir")):
         with pytest.raises(UsageError, match=why):
             connect("https://host:9200", ES_CA_CERT=str(path))
-
-
-def test_git_has_no_secret_files() -> None:
-    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert not [name for name in tracked if re.search(r"\.(pem|tfvars|tfstate|db)$", name)]

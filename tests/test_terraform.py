@@ -47,14 +47,14 @@ def initialized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_the_configuration_is_formatted() -> None:
+def test_terraforms_files_are_formatted() -> None:
     if not shutil.which("terraform"):
         pytest.skip(f"there is no terraform on the PATH: install it; {UNTESTED}")
     done = terraform("fmt", "-check", "-recursive")
     assert done.returncode == 0, done.stdout
 
 
-def test_the_configuration_is_valid_and_its_own_tests_pass(initialized: Path) -> None:
+def test_terraforms_files_are_valid_and_their_own_tests_pass(initialized: Path) -> None:
     for command in ("validate", "test"):
         done = terraform(command, folder=initialized)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -65,16 +65,11 @@ def test_the_configuration_is_valid_and_its_own_tests_pass(initialized: Path) ->
 
 
 def test_secrets_and_state_stay_out_of_git() -> None:
-    names = [
-        "terraform.tfvars",
-        "my.auto.tfvars",
-        "terraform.tfstate",
-        "terraform.tfstate.backup",
-        "x.tfplan",
-        "ca.pem",
-    ]
+    names = ("terraform.tfvars", "my.auto.tfvars", "terraform.tfstate", "terraform.tfstate.backup", "a.tfplan", "a.pem")
     paths = [f"terraform/{name}" for name in names]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == paths
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"^.*\.(?:pem|tfvars|tfstate|db)$", tracked, re.MULTILINE)
     for name, secrets in (("variables.tf", 2), ("outputs.tf", 1)):
         assert len(re.findall(r"sensitive +=  *true", (FOLDER / name).read_text())) >= secrets
