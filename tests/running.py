@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import Any
 
 import numpy as np
@@ -95,40 +96,27 @@ class Scripts:
         named = {"--index", "--db"} & set(arguments)
         return [str(ROOT / script), *model, *([] if named else index), *map(str, arguments)]
 
-    def start(
-        self,
-        script: str,
-        *arguments: object,
-        stdin: Any = subprocess.DEVNULL,
-        stderr: Any = subprocess.PIPE,
-        **environment: str,
-    ) -> "subprocess.Popen[str]":
+    def start(self, script: str, *arguments: object, stderr: Any = PIPE, **environment: str) -> Popen[str]:
         """Starts a script; its output is text, on pipes unless another file is given."""
         command = [sys.executable, *self.arguments(script, *arguments)]
-        options: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr}
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, text=True, **options)
+        options: dict[str, Any] = {"stdin": DEVNULL, "stdout": PIPE, "stderr": stderr}
+        return Popen(command, cwd=self.folder, env=self.environment | environment, text=True, **options)
 
     def run(
         self, script: str, *arguments: object, new_python: Any = False, **environment: str
-    ) -> "subprocess.CompletedProcess[str]":
+    ) -> CompletedProcess[str]:
         """Runs a script to its end: in a fork, or in a new Python, which reads PYTHON… and LC_… variables."""
         variables = self.environment | environment
         assert new_python or not [name for name in variables if name.startswith("PYTHON")], "use new_python"
+        command = self.arguments(script, *arguments)
         if new_python:
-            process = self.start(script, *arguments, **environment)
-            try:
-                outputs = process.communicate()
-            finally:
-                process.kill()
-            done = subprocess.CompletedProcess(process.args, process.returncode, *outputs)
+            done = run([sys.executable, *command], self.folder, variables)
         else:
-            done = forked.run(self.arguments(script, *arguments), self.folder, variables)
+            done = forked.run(command, self.folder, variables)
         assert not re.search(BROKEN, done.stderr), done.stderr
         return done
 
-    def start_paused(
-        self, *arguments: object, constants: Any = None, source: Any = "", **options: Any
-    ) -> "subprocess.Popen[str]":
+    def start_paused(self, *arguments: object, constants: Any = None, source: Any = "", **options: Any) -> Popen[str]:
         """Starts create.py, patched, and waits until it has stored some 200 images, with nothing more under way.
 
         It begins no more chunks until `go_on` is called.
@@ -148,13 +136,11 @@ class Scripts:
         """Lets a script that `start_paused` has started embed the rest."""
         (self.home / "go-on").touch()
 
-    def shell(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def shell(self, command: str, **environment: str) -> CompletedProcess[str]:
         """Runs a command line with bash; `CREATE` and `SEARCH` are the scripts on this index."""
         for name, script in (("CREATE", "create.py"), ("SEARCH", "search.py")):
             command = command.replace(name, shlex.join([sys.executable, *self.arguments(script)]))
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
-        variables = self.environment | environment
-        return subprocess.run(["bash", "-c", command], cwd=self.folder, env=variables, **options)
+        return run(["bash", "-c", command], self.folder, self.environment | environment)
 
     def create(self, *arguments: object, exits: Any = 0, new_python: Any = False, **environment: str) -> str:
         """Runs create.py, which must exit with this code; returns its stderr."""
@@ -240,6 +226,12 @@ def bits(embedding: np.ndarray) -> str:
     return hashlib.sha256(embedding.tobytes()).hexdigest()
 
 
+def run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> CompletedProcess[str]:
+    """Runs a command in a folder; stdin is empty."""
+    options: dict[str, Any] = {"stdin": DEVNULL, "capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, cwd=folder, env=environment, **options)
+
+
 def environment(home: Path) -> dict[str, str]:
     """The environment without what would lead the scripts elsewhere; the caches are in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
@@ -282,14 +274,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def end(process: Popen[str]) -> tuple[int, str]:
     """Waits for a script; its exit code and stderr."""
     _, stderr = process.communicate()
     assert not re.search(BROKEN, stderr), stderr
     return process.returncode, stderr
 
 
-def read_until(process: "subprocess.Popen[str]", text: str) -> None:
+def read_until(process: Popen[str], text: str) -> None:
     """Reads a script's stderr up to a line with this text."""
     assert process.stderr
     lines = []

@@ -60,14 +60,10 @@ class UnavailableError(Exception):
 
 def jdks() -> list[tuple[int, Path]]:
     """The JDKs of this machine: the version and the folder of each."""
-    on_path, found = shutil.which("java"), []
-    homes = [Path(on_path).resolve().parent.parent] if on_path else []
-    homes += [*Path("/usr/lib/jvm").glob("*"), *Path("/Library/Java/JavaVirtualMachines").glob("*/Contents/Home")]
-    for home in homes:
-        if (home / "bin" / "java").exists() and (home / "release").exists():
-            version = re.search(r'JAVA_VERSION="(\d+)', (home / "release").read_text())
-            found += [(int(version[1]), home)] if version else []
-    return found
+    homes = [*Path("/usr/lib/jvm").glob("*"), *Path("/Library/Java/JavaVirtualMachines").glob("*/Contents/Home")]
+    homes += [Path(java).resolve().parent.parent for java in [shutil.which("java")] if java]
+    releases = [(home, (home / "release").read_text()) for home in homes if (home / "release").exists()]
+    return [(int(found[1]), home) for home, text in releases if (found := re.search(r'JAVA_VERSION="(\d+)', text))]
 
 
 def java_home(at_least: int) -> Path:

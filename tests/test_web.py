@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -40,17 +41,15 @@ def test_queries_from_everywhere_are_answered_in_order(
     web.expect_request("/a.png").respond_with_data(png(1))
     url = web.url_for("/a.png?token=hunter2").replace("//", "//user:hunter2@")
     queries = (url, f"{bucket.url}/b.png", "-", "images/0.png")
-    with (scripts.folder / "images" / "3.png").open("rb") as stdin:
-        process = scripts.start("search.py", *queries, "--html", "page.html", stdin=stdin)
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    lines = [json.loads(line) for line in stdout.splitlines()]
+    done = scripts.shell(f"SEARCH {shlex.join(queries)} --html page.html <images/3.png")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = [line["hits"]["hits"][0]["fields"]["file_path"][0] for line in lines]
     assert found == [f"./images/{number}.png" for number in (1, 2, 3, 0)]
     assert [line["image"] for line in lines] == [web.url_for("/a.png"), *queries[1:]]
     html = (scripts.folder / "page.html").read_text()
     assert html.count('role="img"') == 8 and "Nearest to a.png" in html
-    assert "hunter2" not in html + stdout + stderr
+    assert "hunter2" not in html + done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
